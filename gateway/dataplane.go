@@ -1,0 +1,102 @@
+package gateway
+
+import (
+	"context"
+	"time"
+)
+
+// DataPlane moves the bytes of one proxy by its newest table. Implementations
+// are gateway/sni, gateway/sidecar and, later, Envoy and plugins.
+type DataPlane interface {
+	// Apply hands over a table; the newest wins, and one that was not applied yet
+	// is dropped. It does not block, may be called before Run, and may be called
+	// from several goroutines. Connections that are open stay as they were routed.
+	Apply(t *Table)
+	// Run serves until ctx ends, then closes every listener and connection and
+	// returns nil once nothing of it is left; or an error it cannot go on after.
+	// A listener that cannot be bound is no such error: it is retried and shows
+	// in Status.
+	Run(ctx context.Context) error
+	// Status may be called at any time from any goroutine.
+	Status() Status
+}
+
+// Status is what a data plane says of itself.
+type Status struct {
+	// Applied is the Index of the table in use, AppliedAt when it was taken.
+	Applied   uint64
+	AppliedAt time.Time
+	Listeners []ListenerStatus `json:",omitempty"`
+	// Clusters that have had a connection since the start, by name.
+	Clusters []ClusterStatus `json:",omitempty"`
+	// Refused are the newest refusals, newest first; at most 64.
+	Refused []Refusal `json:",omitempty"`
+	// LastError is the newest fault of the data plane itself.
+	LastError string `json:",omitempty"`
+}
+
+// ListenerStatus tells of one listener of the table in use.
+type ListenerStatus struct {
+	Name    string
+	Address string // as bound
+	Bound   bool
+	Error   string `json:",omitempty"` // why it is not bound
+	// Active connections, and Accepted since the start.
+	Active   int64
+	Accepted uint64
+	// RefusedTotal connections were closed without reaching an endpoint.
+	RefusedTotal uint64
+}
+
+// ClusterStatus tells of one cluster.
+type ClusterStatus struct {
+	Name      string
+	Active    int64
+	Connected uint64           // connections that reached an endpoint
+	Failed    uint64           // connections that reached none
+	BytesIn   uint64           // from the client to the endpoint
+	BytesOut  uint64           // from the endpoint to the client
+	Endpoints []EndpointStatus `json:",omitempty"`
+}
+
+// EndpointStatus tells of one endpoint of a cluster.
+type EndpointStatus struct {
+	Address   string // host:port
+	Active    int64
+	Connected uint64
+	Failed    uint64
+	LastError string `json:",omitempty"`
+}
+
+// Refusal is a connection that was closed without reaching an endpoint.
+type Refusal struct {
+	At       time.Time
+	Listener string
+	Peer     string // address of the client
+	// ServerName and ALPN are as the client sent them, "" where none was read.
+	ServerName string   `json:",omitempty"`
+	ALPN       []string `json:",omitempty"`
+	// HelloBytes is how much of the ClientHello was read.
+	HelloBytes int `json:",omitempty"`
+	// Reason is one of the Refuse constants, and Detail what an operator needs
+	// besides.
+	Reason string
+	Detail string `json:",omitempty"`
+}
+
+// The reasons of refusals.
+const (
+	RefuseHelloTimeout  = "hello-timeout"   // no complete ClientHello in time
+	RefuseHelloTooLarge = "hello-too-large" // more bytes than the bound
+	RefuseNotTLS        = "not-tls"         // the bytes are no ClientHello
+	RefuseNoServerName  = "no-server-name"
+	RefuseBadServerName = "bad-server-name" // not a host name
+	RefuseNoRoute       = "no-route"        // no rule matches the server name
+	RefuseNoEndpoint    = "no-endpoint"     // the cluster has none that may be dialled
+	RefuseConnect       = "connect-failed"  // every endpoint that was tried failed
+	RefuseLimit         = "limit"           // Detail names the limit
+	RefuseHandshake     = "tls-handshake"   // sidecar: mutual TLS failed
+	RefuseIdentity      = "identity"        // sidecar: the peer is somebody else
+	RefuseDenied        = "denied"          // sidecar: an intention forbids it
+	RefuseClientGone    = "client-gone"     // closed before anything could be done
+)

@@ -1,0 +1,194 @@
+package gateway
+
+import (
+	"encoding/json"
+	"time"
+
+	"github.com/sluicemesh/sluice/acl"
+	"github.com/sluicemesh/sluice/agent/catalog"
+)
+
+// Table says what a data plane does with a connection. It is immutable, its
+// slices are sorted by name, and two equal tables have equal JSON.
+//
+// Every element carries its [Origin]. Data planes translate the table, and
+// derive nothing else.
+type Table struct {
+	// Proxy is the service ID of the proxy that the table is for.
+	Proxy       string
+	Kind        catalog.Kind
+	Service     string // the name the proxy is registered under
+	Datacenter  string
+	TrustDomain string `json:",omitempty"`
+	// Index is the highest catalog index the table was made from.
+	Index uint64
+	// AsOf is when everything in the table was last known to be current.
+	AsOf      time.Time
+	Listeners []Listener
+	Routes    []Route   `json:",omitempty"`
+	Clusters  []Cluster `json:",omitempty"`
+	// Identity is what a sidecar presents and trusts; nil for a gateway that
+	// terminates nothing.
+	Identity *Identity `json:",omitempty"`
+	// Warnings are facts an operator should know: an upstream without endpoints
+	// and why, a datacenter without gateways.
+	Warnings []string `json:",omitempty"`
+}
+
+// ListenerMode says what a listener does with what it accepts.
+type ListenerMode string
+
+// The modes of a listener.
+const (
+	// ListenSNI reads the ClientHello and forwards by Table.Routes, undecrypted.
+	ListenSNI ListenerMode = "sni"
+	// ListenInbound terminates mutual TLS, authorises, and forwards in plain text
+	// to the listener's cluster.
+	ListenInbound ListenerMode = "inbound"
+	// ListenUpstream accepts plain text and forwards over mutual TLS to the
+	// listener's cluster.
+	ListenUpstream ListenerMode = "upstream"
+)
+
+// Listener is an address that is bound, and what is done there.
+type Listener struct {
+	Name string
+	// Address is ip:port, or the path of a unix socket (Network says which).
+	Network string // "tcp" or "unix"
+	Address string
+	Mode    ListenerMode
+	// Cluster is where an inbound or upstream listener forwards to.
+	Cluster string `json:",omitempty"`
+	// MaxConnections bounds the connections open at one time; 0 is no bound.
+	MaxConnections int `json:",omitempty"`
+	// SocketMode is the octal file mode of a unix socket; "" is the process's.
+	SocketMode string `json:",omitempty"`
+	// Authorise is set on inbound listeners.
+	Authorise *Authorisation `json:",omitempty"`
+	Origin    Origin
+}
+
+// Authorisation decides which clients an inbound listener admits: the first rule
+// that matches the client's identity, else Default.
+type Authorisation struct {
+	DefaultAllow bool
+	Rules        []AuthoriseRule `json:",omitempty"`
+}
+
+// AuthoriseRule matches a client by its SPIFFE service identity. The client's
+// datacenter plays no part (spec naming 7).
+type AuthoriseRule struct {
+	// Source is a service name, or "*" for any.
+	Source     catalog.ServiceName
+	Allow      bool
+	Precedence int
+	Origin     Origin
+}
+
+// Route sends a server name to a cluster.
+type Route struct {
+	// Match is a server name, lower-case, or "*." and a suffix that one or more
+	// labels precede. The exact name wins, then the longest suffix.
+	Match   string
+	Cluster string
+	Origin  Origin
+}
+
+// Cluster is a set of endpoints that are as good as each other, in order of
+// priority.
+type Cluster struct {
+	Name string
+	// Endpoints are sorted by priority, address and port. Unhealthy ones are
+	// listed, so that the table can explain itself, and not dialled while there
+	// is a healthy one of the same priority.
+	Endpoints []Endpoint `json:",omitempty"`
+	// ConnectTimeout bounds one attempt to connect to one endpoint.
+	ConnectTimeout time.Duration
+	// Keepalive of connections to the endpoints; nil is the data plane's default.
+	Keepalive *Keepalive `json:",omitempty"`
+	Policy    Policy     `json:",omitempty"`
+	// MaxConnections bounds the connections open at one time; 0 is no bound.
+	MaxConnections int `json:",omitempty"`
+	// TLS is set where the data plane originates mutual TLS.
+	TLS *ClientTLS `json:",omitempty"`
+	// Failover names the clusters to use, in order, when this one has no healthy
+	// endpoint or none that can be connected to.
+	Failover []string `json:",omitempty"`
+	Origin   Origin
+}
+
+// Policy is how a healthy endpoint is chosen.
+type Policy string
+
+// The policies. The zero value is PolicyLeastConnections.
+const (
+	PolicyLeastConnections Policy = "" // power of two choices, weighted
+	PolicyRoundRobin       Policy = "round_robin"
+	PolicyRandom           Policy = "random"
+)
+
+// Keepalive is TCP keepalive. A zero field is the system's default.
+type Keepalive struct {
+	Idle, Interval time.Duration
+	Probes         int
+}
+
+// ClientTLS is what a data plane presents and expects when it originates TLS.
+type ClientTLS struct {
+	// ServerName is the SNI to send.
+	ServerName string
+	// SPIFFE are the identities of which the server must have one.
+	SPIFFE []string
+}
+
+// Endpoint is an address to connect to.
+type Endpoint struct {
+	// Address is an IP address, a host name, or (Network unix) a path.
+	Network string `json:",omitempty"` // "" is tcp
+	Address string
+	Port    int `json:",omitempty"`
+	Healthy bool
+	// Weight is at least 1.
+	Weight int
+	// Priority 0 is used first.
+	Priority int `json:",omitempty"`
+	// Zone is the locality of the instance ("region/zone"), "" where unknown.
+	Zone string `json:",omitempty"`
+	// Node and ServiceID name the instance; Why says why it is not healthy.
+	Node      string `json:",omitempty"`
+	ServiceID string `json:",omitempty"`
+	Why       string `json:",omitempty"`
+	Origin    Origin
+}
+
+// Identity is the certificate that a sidecar presents and the roots it trusts.
+type Identity struct {
+	SPIFFE        string
+	CertPEM       string
+	PrivateKeyPEM acl.Secret
+	RootsPEM      []string
+	NotAfter      time.Time
+}
+
+// Origin is the object that put an element into the table.
+type Origin struct {
+	// Object is a path such as "service/web", "config/service-resolver/api",
+	// "federation-state/dc2", "registration/web-sidecar-proxy".
+	Object     string `json:",omitempty"`
+	Datacenter string `json:",omitempty"`
+	Index      uint64 `json:",omitempty"`
+}
+
+// Cluster returns the named cluster, or nil.
+func (t *Table) Cluster(name string) *Cluster {
+	for i := range t.Clusters {
+		if t.Clusters[i].Name == name {
+			return &t.Clusters[i]
+		}
+	}
+	return nil
+}
+
+// JSON returns the table's one serialised form, in which private keys do not
+// show.
+func (t *Table) JSON() ([]byte, error) { return json.MarshalIndent(t, "", "  ") }
