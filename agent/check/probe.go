@@ -54,9 +54,6 @@ func httpProber(def catalog.CheckDefinition) prober {
 		DisableKeepAlives: true,                                                                              // a check must find out whether one can connect
 		TLSClientConfig:   &tls.Config{ServerName: def.TLSServerName, InsecureSkipVerify: def.TLSSkipVerify}, //nolint:gosec // the operator's choice, per check
 	}}}
-	if def.DisableRedirects {
-		p.client.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
-	}
 	return p
 }
 
