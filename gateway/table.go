@@ -102,6 +102,9 @@ type Cluster struct {
 	// listed, so that the table can explain itself, and not dialled while there
 	// is a healthy one of the same priority.
 	Endpoints []Endpoint `json:",omitempty"`
+	// Pending is true while it is not known which endpoints there are. Those
+	// listed are then what was last known of them, by [Carry].
+	Pending bool `json:",omitempty"`
 	// ConnectTimeout bounds one attempt to connect to one endpoint.
 	ConnectTimeout time.Duration
 	// Keepalive of connections to the endpoints; nil is the data plane's default.

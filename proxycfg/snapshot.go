@@ -21,6 +21,9 @@ type Proxy struct {
 	Node       *catalog.Node
 	Datacenter string
 	Token      acl.Secret
+	// DefaultAllow is what a sidecar does with a client that no intention
+	// matches; the zero value refuses.
+	DefaultAllow bool
 }
 
 // Snapshot is everything one proxy needs to know, as true at one moment. It is
@@ -84,16 +87,23 @@ type Upstream struct {
 	Chain    *api.CompiledDiscoveryChain
 	// Targets are the chain's primary target, then its failovers in order.
 	Targets []Target
-	// Err says why there are no targets (a chain that does not compile).
-	Err string
+	// Err says why there are no targets (a chain that does not compile), and
+	// Pending that they are not known (yet): what was known of them stays good.
+	Err     string
+	Pending bool
+	// Warnings are parts of the chain that a connection, as opposed to a request,
+	// cannot follow.
+	Warnings []string
 }
 
 // Target is a service in a datacenter that an upstream may connect to.
 type Target struct {
 	Service        catalog.ServiceName
 	Subset         string
+	Filter         string // of the subset, over direct instances; "" is all
 	Datacenter     string
 	Mode           api.MeshGatewayMode
+	ModeFrom       string // as in [Upstream]
 	SNI            string
 	SPIFFE         string // the identity its certificate must have
 	ConnectTimeout time.Duration
@@ -106,7 +116,9 @@ type Target struct {
 	// WAN says that the instances are to be reached by their WAN addresses.
 	WAN bool
 	// Pending is true while the instances are not known: not the same as none.
-	Pending     bool
+	Pending bool
+	// Err says why they are not, where it is more than that no answer has come.
+	Err         string
 	OnlyPassing bool
 	Index       uint64
 }

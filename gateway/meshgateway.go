@@ -1,0 +1,253 @@
+package gateway
+
+import (
+	"cmp"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/hashicorp/consul/api"
+
+	"github.com/sluicemesh/sluice/agent/catalog"
+	"github.com/sluicemesh/sluice/agent/configentry"
+	"github.com/sluicemesh/sluice/agent/connect"
+	"github.com/sluicemesh/sluice/proxycfg"
+)
+
+// meshEnv is what the routes to a service depend on besides the service.
+type meshEnv struct {
+	datacenter, trustDomain string
+	connectTimeout          time.Duration
+	maxConnections          int
+}
+
+// serviceMemo is what was made of one service, and what of.
+type serviceMemo struct {
+	service  proxycfg.GatewayService
+	clusters []Cluster
+	warnings []string
+}
+
+// current says that s is what the memo was made of. Instances are compared by
+// identity: records are never written to, so those that are the same are equal.
+// Indexes would not do, because a datacenter that was set up anew counts anew.
+func (m *serviceMemo) current(s *proxycfg.GatewayService) bool {
+	return m.service.Index == s.Index && m.service.Resolver == s.Resolver &&
+		slices.EqualFunc(m.service.Instances, s.Instances, func(a, b *catalog.Instance) bool {
+			return a == b || a.Node == b.Node && a.Service == b.Service && slices.Equal(a.Checks, b.Checks)
+		})
+}
+
+// meshGateway fills in the table of a mesh gateway (spec mesh-gateway 4 and 5).
+//
+// The bare name of a datacenter ("dc2.internal.…") gets no route: nobody dials
+// it. COMPAT: Consul forwards it, because its cluster happens to have that name.
+func (c *Compiler) meshGateway(t *Table, s *proxycfg.Snapshot) {
+	reg := s.Proxy.Service
+	conf := &settings{}
+	if reg.Proxy != nil {
+		conf.values = reg.Proxy.Config
+	}
+	own := Origin{Object: "registration/" + reg.ID, Datacenter: t.Datacenter, Index: reg.ModifyIndex}
+	gatewayListeners(t, reg, conf, own)
+
+	env := meshEnv{
+		datacenter:     t.Datacenter,
+		trustDomain:    s.TrustDomain,
+		connectTimeout: conf.milliseconds(DefaultConnectTimeout, "connect_timeout_ms"),
+		maxConnections: maxConnections(s.Gateway.Defaults),
+	}
+	var keepalive *Keepalive
+	if conf.bool("envoy_gateway_remote_tcp_enable_keepalive") {
+		keepalive = &Keepalive{
+			Idle:     seconds(conf.int(0, "envoy_gateway_remote_tcp_keepalive_time")),
+			Interval: seconds(conf.int(0, "envoy_gateway_remote_tcp_keepalive_interval")),
+			Probes:   max(0, conf.int(0, "envoy_gateway_remote_tcp_keepalive_probes")),
+		}
+	}
+
+	if c.env != env {
+		c.env, c.services = env, nil
+	}
+	memos := make(map[catalog.ServiceName]*serviceMemo, len(s.Gateway.Services))
+	spelled := make(map[string]string, len(s.Gateway.Services))
+	t.Clusters = make([]Cluster, 0, len(s.Gateway.Services)+len(s.Gateway.Datacenters))
+	t.Routes = make([]Route, 0, cap(t.Clusters))
+	for i := range s.Gateway.Services {
+		svc := &s.Gateway.Services[i]
+		m := c.services[svc.Name]
+		if m == nil || !m.current(svc) {
+			m = compileService(svc, env)
+		}
+		memos[svc.Name] = m
+		t.Warnings = append(t.Warnings, m.warnings...)
+		for _, cl := range m.clusters {
+			// Server names have no letter case, names of services have.
+			if other, ok := spelled[cl.Name]; ok {
+				t.warn("service %s: its server name %s is that of service %s, which has it", svc.Name, cl.Name, other)
+				continue
+			}
+			spelled[cl.Name] = svc.Name.String()
+			t.Clusters = append(t.Clusters, cl)
+			t.Routes = append(t.Routes, Route{Match: cl.Name, Cluster: cl.Name, Origin: cl.Origin})
+		}
+	}
+	c.services = memos
+
+	for _, dc := range s.Gateway.Datacenters {
+		if dc.Name == t.Datacenter || len(dc.Gateways) == 0 {
+			continue
+		}
+		name := strings.ToLower(connect.DatacenterSNI(dc.Name, s.TrustDomain))
+		origin := Origin{Object: "mesh-gateways/" + dc.Name, Datacenter: dc.Name, Index: newest(dc.Gateways)}
+		cl := Cluster{
+			Name: name,
+			// COMPAT: hostnames are used beside IP addresses, and the health of each
+			// gateway counts; Consul drops IP addresses where there is a hostname.
+			Endpoints:      endpoints(dc.Gateways, dc.Name, true, false),
+			ConnectTimeout: env.connectTimeout,
+			Keepalive:      keepalive,
+			MaxConnections: env.maxConnections,
+			Origin:         origin,
+		}
+		t.Clusters = append(t.Clusters, cl)
+		t.Routes = append(t.Routes, Route{Match: "*." + name, Cluster: name, Origin: origin})
+		if why := allUnhealthy(cl.Endpoints); why != "" {
+			t.warn("datacenter %s: none of its %d gateways is healthy (%s)", dc.Name, len(cl.Endpoints), why)
+		}
+	}
+	t.Warnings = append(t.Warnings, conf.warnings()...)
+}
+
+func seconds(n int) time.Duration { return time.Duration(max(0, n)) * time.Second }
+
+func maxConnections(defaults *api.ServiceConfigEntry) int {
+	if defaults == nil || defaults.UpstreamConfig == nil || defaults.UpstreamConfig.Defaults == nil {
+		return 0
+	}
+	l := defaults.UpstreamConfig.Defaults.Limits
+	if l == nil || l.MaxConnections == nil {
+		return 0
+	}
+	return max(0, *l.MaxConnections)
+}
+
+// gatewayListeners adds the listeners of a gateway (spec mesh-gateway 5.1). All
+// of them do the same; an address that an earlier name has is left out.
+func gatewayListeners(t *Table, reg *catalog.Service, conf *settings, origin Origin) {
+	type bind struct {
+		name, host string
+		port       int
+	}
+	var binds []bind
+	if !conf.bool("envoy_gateway_no_default_bind", "envoy_mesh_gateway_no_default_bind") {
+		binds = append(binds, bind{"default", cmp.Or(reg.Address, "0.0.0.0"), reg.Port})
+	}
+	if conf.bool("envoy_gateway_bind_tagged_addresses", "envoy_mesh_gateway_bind_tagged_addresses") {
+		for name, a := range reg.TaggedAddresses {
+			binds = append(binds, bind{name, cmp.Or(a.Address, "127.0.0.1"), a.Port})
+		}
+	}
+	for name, m := range conf.maps("envoy_gateway_bind_addresses", "envoy_mesh_gateway_bind_addresses") {
+		a := &settings{values: m}
+		host, port := a.string("address"), a.int(0, "port")
+		for _, w := range a.warnings() {
+			t.warn("bind address %q: %s", name, w)
+		}
+		binds = append(binds, bind{name, cmp.Or(host, "127.0.0.1"), port})
+	}
+	slices.SortFunc(binds, func(a, b bind) int {
+		return cmp.Or(cmp.Compare(a.name, b.name), cmp.Compare(hostPort(a.host, a.port), hostPort(b.host, b.port)))
+	})
+	taken := make(map[string]bool)
+	for _, b := range binds {
+		address := hostPort(b.host, b.port)
+		if b.port < 1 || b.port > 65535 {
+			t.warn("listener %s: %d is no port to listen on", b.name, b.port)
+			continue
+		}
+		if taken[address] {
+			continue
+		}
+		taken[address] = true
+		t.Listeners = append(t.Listeners, Listener{
+			Name:    b.name + ":" + address,
+			Network: "tcp",
+			Address: address,
+			Mode:    ListenSNI,
+			Origin:  origin,
+		})
+	}
+	if len(t.Listeners) == 0 {
+		t.warn("nothing is listened on: the default bind is off and no other address is given")
+	}
+}
+
+// compileService makes the clusters of a local service: one for the service, one
+// for each subset.
+func compileService(s *proxycfg.GatewayService, env meshEnv) *serviceMemo {
+	m := &serviceMemo{service: *s}
+	warn := func(text string) { m.warnings = append(m.warnings, "service "+s.Name.String()+": "+text) }
+	base := Cluster{
+		ConnectTimeout: env.connectTimeout,
+		MaxConnections: env.maxConnections,
+		Origin:         Origin{Object: "service/" + s.Name.String(), Datacenter: env.datacenter, Index: s.Index},
+	}
+	for _, inst := range s.Instances {
+		if host, _ := catalog.LANAddress(inst); isHostname(host) {
+			warn("instance " + inst.Service.ID + " on " + inst.Node.Node + " has the hostname " + host + " as its address, which is resolved here")
+		}
+	}
+	add := func(subset string, def api.ServiceResolverSubset, cl Cluster) {
+		instances, err := matching(s.Instances, def.Filter)
+		if err != nil {
+			warn("subset " + cmp.Or(subset, s.Resolver.DefaultSubset) + ": " + err.Error())
+		}
+		cl.Name = strings.ToLower(connect.ServiceSNI(subset, s.Name, env.datacenter, env.trustDomain))
+		cl.Endpoints = endpoints(instances, env.datacenter, false, def.OnlyPassing)
+		m.clusters = append(m.clusters, cl)
+	}
+	r := s.Resolver
+	if r == nil {
+		add("", api.ServiceResolverSubset{}, base)
+		return m
+	}
+	if r.ConnectTimeout > 0 {
+		base.ConnectTimeout = r.ConnectTimeout
+	}
+	// COMPAT: policies that hash are left out, as Consul does at a gateway.
+	base.Policy, _ = policy(r.LoadBalancer)
+	ofResolver := base
+	ofResolver.Origin.Object = "config/" + configentry.ServiceResolver + "/" + s.Name.String()
+	if def, ok := r.Subsets[r.DefaultSubset]; ok {
+		add("", def, ofResolver)
+	} else {
+		add("", api.ServiceResolverSubset{}, base)
+	}
+	for _, name := range slices.Sorted(maps.Keys(r.Subsets)) {
+		add(name, r.Subsets[name], ofResolver)
+	}
+	return m
+}
+
+func newest(instances []*catalog.Instance) uint64 {
+	var index uint64
+	for _, inst := range instances {
+		index = max(index, inst.Service.ModifyIndex)
+	}
+	return index
+}
+
+// allUnhealthy says why, when there are endpoints and none is healthy.
+func allUnhealthy(es []Endpoint) string {
+	var why []string
+	for _, e := range es {
+		if e.Healthy {
+			return ""
+		}
+		why = append(why, cmp.Or(e.Why, "unhealthy"))
+	}
+	slices.Sort(why)
+	return strings.Join(slices.Compact(why), "; ")
+}
