@@ -116,7 +116,7 @@ func (s *Store) ConnectAll(ws memdb.WatchSet) (uint64, map[catalog.ServiceName][
 // For gateways the index is that of the kind alone.
 func (s *Store) ServicesByKind(ws memdb.WatchSet, kind catalog.Kind) (uint64, []*catalog.Instance, error) {
 	txn := s.read(ws)
-	if hasView(kind) {
+	if catalog.IsGateway(kind) {
 		idx, out := readView(txn, ws, viewKey{viewKind, string(kind)})
 		return idx, out, nil
 	}

@@ -253,7 +253,7 @@ func DecodeCommand(data []byte) (Command, error) {
 func decodeBody(typ commandType, data []byte) (Command, error) {
 	switch typ {
 	case typeRegister:
-		return decodeInto(typ, data, &api.CatalogRegistration{}, nil)
+		return decodeInto(typ, data, &api.CatalogRegistration{}, checkRegistration)
 	case typeDeregister:
 		return decodeInto(typ, data, &api.CatalogDeregistration{}, nil)
 	case typeConfigEntry:
@@ -335,7 +335,19 @@ func decodeEntry(kind string, data []byte) (configentry.Entry, error) {
 	if err := json.Unmarshal(data, e); err != nil {
 		return nil, fmt.Errorf("config entry of kind %q: %w", kind, err)
 	}
+	if e.GetKind() != kind {
+		return nil, fmt.Errorf("config entry of kind %q: says it is of kind %q", kind, e.GetKind())
+	}
 	return e, nil
+}
+
+func checkRegistration(reg *api.CatalogRegistration) error {
+	for _, c := range reg.Checks {
+		if c == nil {
+			return errors.New("empty check")
+		}
+	}
+	return nil
 }
 
 func (s *FederationState) check() error {

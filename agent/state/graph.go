@@ -1,6 +1,10 @@
 package state
 
 import (
+	"maps"
+	"slices"
+
+	"github.com/sluicemesh/sluice/agent/catalog"
 	"github.com/sluicemesh/sluice/agent/configentry"
 )
 
@@ -30,5 +34,33 @@ func (w *writer) affectsChain(name string) {
 	}
 }
 
-// checkChains compiles the chains that the writes had a part in.
-func (w *writer) checkChains() error { return nil }
+// graphDatacenter and graphTrustDomain stand in for the real ones, which whether a
+// chain makes sense does not depend on.
+const (
+	graphDatacenter  = "dc1"
+	graphTrustDomain = "11111111-2222-3333-4444-555555555555.consul"
+)
+
+// checkChains compiles the chains that the writes had a part in, as they would be
+// after them.
+func (w *writer) checkChains() error {
+	get := func(kind, name string) (configentry.Entry, error) {
+		if r := first[*configRow](w.Txn, nil, tableConfigEntries, byID, kind, name); r != nil {
+			return r.entry, nil
+		}
+		return nil, nil
+	}
+	for _, folded := range slices.Sorted(maps.Keys(w.chains)) {
+		var service catalog.ServiceName
+		if err := service.UnmarshalText([]byte(w.chains[folded])); err != nil {
+			return err
+		}
+		_, err := configentry.Compile(get, configentry.CompileRequest{
+			Service: service, EvaluateInDatacenter: graphDatacenter, TrustDomain: graphTrustDomain,
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -53,22 +53,18 @@ func connectView(n catalog.ServiceName) viewKey {
 	return viewKey{viewConnect, fold(n.String())}
 }
 
-// hasView says whether a kind has a view: gateways are few and often asked for;
-// a view of all sidecars would be copied at each of their changes.
-func hasView(k catalog.Kind) bool {
-	return k != api.ServiceKindTypical && k != api.ServiceKindConnectProxy
-}
-
 // viewsOf returns the views that an instance is in.
 func viewsOf(inst *catalog.Instance) []viewKey {
 	if inst == nil {
 		return nil
 	}
 	keys := []viewKey{serviceView(catalog.ServiceNameOf(inst.Service))}
-	if dest, ok := destinationOf(inst.Service); ok {
+	if dest, ok := catalog.DestinationOf(inst.Service); ok {
 		keys = append(keys, connectView(dest))
 	}
-	if hasView(inst.Service.Kind) {
+	// Gateways are few and often asked for by kind. A view of all sidecars would be
+	// copied at each of their changes.
+	if catalog.IsGateway(inst.Service.Kind) {
 		keys = append(keys, viewKey{viewKind, string(inst.Service.Kind)})
 	}
 	return keys
@@ -80,21 +76,10 @@ func nameIn(typ string, inst *catalog.Instance) catalog.ServiceName {
 	case viewService:
 		return catalog.ServiceNameOf(inst.Service)
 	case viewConnect:
-		dest, _ := destinationOf(inst.Service)
+		dest, _ := catalog.DestinationOf(inst.Service)
 		return dest
 	}
 	return catalog.ServiceName{}
-}
-
-// destinationOf returns the service that an instance accepts mutual TLS for.
-func destinationOf(s *catalog.Service) (catalog.ServiceName, bool) {
-	switch {
-	case s.Kind == api.ServiceKindConnectProxy && s.Proxy != nil && s.Proxy.DestinationServiceName != "":
-		return catalog.ServiceName{Name: s.Proxy.DestinationServiceName, Namespace: s.Namespace, Partition: s.Partition}.Canonical(), true
-	case s.Connect != nil && s.Connect.Native:
-		return catalog.ServiceNameOf(s), true
-	}
-	return catalog.ServiceName{}, false
 }
 
 func (w *writer) touch(node, id string) { w.dirty[keyOf(node, id)] = struct{}{} }
