@@ -1,0 +1,227 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/goccy/go-yaml"
+	"github.com/goccy/go-yaml/ast"
+	"github.com/goccy/go-yaml/parser"
+	"github.com/goccy/go-yaml/token"
+)
+
+// parseYAML reads the documents of a YAML file; empty ones are left out.
+//
+// COMPAT: Consul's agent reads no YAML; its documentation shows it.
+func parseYAML(file string, src []byte) ([]*node, error) {
+	start := Pos{file, 1, 1}
+	if depth(src) > maxDepth {
+		return nil, syntaxErrorf(start, "%v", errTooDeep)
+	}
+	f, err := parser.ParseBytes(src, 0)
+	if err != nil {
+		var ye yaml.Error
+		if errors.As(err, &ye) {
+			y := yamlReader{file: file}
+			return nil, syntaxErrorf(y.at(ye.GetToken(), start), "%s", ye.GetMessage())
+		}
+		return nil, syntaxErrorf(start, "%v", err)
+	}
+	var docs []*node
+	for _, doc := range f.Docs {
+		if doc == nil || doc.Body == nil {
+			continue
+		}
+		switch doc.Body.(type) {
+		case *ast.CommentGroupNode, *ast.CommentNode, *ast.DirectiveNode:
+			continue
+		}
+		y := &yamlReader{file: file, anchors: map[string]*node{}}
+		n, err := y.value(doc.Body, start, 0)
+		if err != nil {
+			return nil, err
+		}
+		if n.isNull() {
+			continue
+		}
+		if n.kind != mapNode {
+			return nil, syntaxErrorf(n.pos, "expected keys at the top level, got %s", n.describe())
+		}
+		docs = append(docs, n)
+	}
+	return docs, nil
+}
+
+type yamlReader struct {
+	file    string
+	anchors map[string]*node
+	// nodes counts what aliases stand for, not what is written.
+	nodes int
+}
+
+func (y *yamlReader) at(tok *token.Token, fallback Pos) Pos {
+	if tok == nil || tok.Position == nil || tok.Position.Line < 1 {
+		return fallback
+	}
+	return Pos{y.file, tok.Position.Line, max(tok.Position.Column, 1)}
+}
+
+func (y *yamlReader) value(v ast.Node, fallback Pos, depth int) (*node, error) {
+	if v == nil {
+		return &node{pos: fallback}, nil
+	}
+	at := y.at(v.GetToken(), fallback)
+	if depth > maxDepth {
+		return nil, syntaxErrorf(at, "%v", errTooDeep)
+	}
+	if y.nodes++; y.nodes > maxNodes {
+		return nil, syntaxErrorf(at, "more than %d values", maxNodes)
+	}
+	n := &node{pos: at}
+	switch v := v.(type) {
+	case *ast.NullNode:
+	case *ast.BoolNode:
+		n.scalar = v.Value
+	case *ast.IntegerNode:
+		switch i := v.Value.(type) {
+		case int64:
+			n.scalar = i
+		case uint64:
+			n.scalar = float64(i)
+			if i <= 1<<63-1 {
+				n.scalar = int64(i)
+			}
+		default:
+			return nil, syntaxErrorf(at, "read %s: expected a number", v)
+		}
+	case *ast.FloatNode:
+		n.scalar = v.Value
+	case *ast.StringNode:
+		n.scalar = v.Value
+	case *ast.LiteralNode:
+		n.scalar = ""
+		if v.Value != nil {
+			n.scalar = v.Value.Value
+		}
+	case *ast.TagNode:
+		return y.value(v.Value, at, depth+1)
+	case *ast.AnchorNode:
+		c, err := y.value(v.Value, at, depth+1)
+		if err != nil {
+			return nil, err
+		}
+		if v.Name != nil && v.Name.GetToken() != nil {
+			y.anchors[v.Name.GetToken().Value] = c
+		}
+		return c, nil
+	case *ast.AliasNode:
+		name := ""
+		if v.Value != nil && v.Value.GetToken() != nil {
+			name = v.Value.GetToken().Value
+		}
+		c, ok := y.anchors[name]
+		if !ok {
+			return nil, syntaxErrorf(at, "unknown alias %q", name)
+		}
+		if y.nodes += c.size(); y.nodes > maxNodes {
+			return nil, syntaxErrorf(at, "more than %d values", maxNodes)
+		}
+		return c, nil
+	case *ast.SequenceNode:
+		n.kind = listNode
+		for _, e := range v.Values {
+			c, err := y.value(e, at, depth+1)
+			if err != nil {
+				return nil, err
+			}
+			n.list = append(n.list, c)
+		}
+	case *ast.MappingNode:
+		n.kind = mapNode
+		for _, e := range v.Values {
+			if err := y.entry(n, e, depth); err != nil {
+				return nil, err
+			}
+		}
+		if len(n.entries) > 0 {
+			n.pos = n.entries[0].pos
+		}
+	case *ast.MappingValueNode:
+		n.kind = mapNode
+		if err := y.entry(n, v, depth); err != nil {
+			return nil, err
+		}
+		if len(n.entries) > 0 {
+			n.pos = n.entries[0].pos
+		}
+	default:
+		return nil, syntaxErrorf(at, "expected a value, got %s", v.Type())
+	}
+	return n, nil
+}
+
+func (y *yamlReader) entry(n *node, e *ast.MappingValueNode, depth int) error {
+	if e.Key == nil {
+		return syntaxErrorf(n.pos, "expected a key")
+	}
+	at := y.at(e.Key.GetToken(), n.pos)
+	v, err := y.value(e.Value, at, depth+1)
+	if err != nil {
+		return err
+	}
+	if e.Key.IsMergeKey() {
+		maps, ok := v.maps()
+		if !ok {
+			return syntaxErrorf(at, "expected a block to merge, got %s", v.describe())
+		}
+		for _, m := range maps {
+			for _, c := range m.entries {
+				if !n.has(c.key) {
+					n.entries = append(n.entries, c)
+				}
+			}
+		}
+		return nil
+	}
+	key, err := y.value(ast.Node(e.Key), at, depth+1)
+	if err != nil {
+		return err
+	}
+	if key.kind != scalarNode || key.scalar == nil {
+		return syntaxErrorf(at, "expected a key, got %s", key.describe())
+	}
+	name, ok := key.scalar.(string)
+	if !ok {
+		name = fmt.Sprint(key.scalar)
+	}
+	// What is written beside a merge beats what is merged, in either order.
+	for i, old := range n.entries {
+		if old.key == name {
+			n.entries[i] = entry{name, at, v}
+			return nil
+		}
+	}
+	n.entries = append(n.entries, entry{name, at, v})
+	return nil
+}
+
+func (n *node) has(key string) bool {
+	for _, e := range n.entries {
+		if e.key == key {
+			return true
+		}
+	}
+	return false
+}
+
+// size is the number of nodes in n.
+func (n *node) size() int {
+	s := 1
+	for _, e := range n.list {
+		s += e.size()
+	}
+	for _, e := range n.entries {
+		s += e.value.size()
+	}
+	return s
+}
