@@ -27,7 +27,7 @@ func (p *problems) add(format string, args ...any) {
 }
 
 // Validate returns what is wrong with a normalised entry. That it fits in with
-// the other entries is for [ValidateGraph] to say.
+// the other entries is for [Compile] to say.
 func Validate(e Entry) error {
 	if m := e.GetMeta(); m != nil {
 		if err := validateMeta(m); err != nil {
