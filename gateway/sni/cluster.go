@@ -1,0 +1,573 @@
+package sni
+
+import (
+	"fmt"
+	"maps"
+	"math/bits"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"github.com/sluicemesh/sluice/gateway"
+)
+
+// cluster is the running state of one cluster name. It outlives the tables, so
+// that counters and ejections do; what a table says of it is its plan.
+type cluster struct {
+	name string
+	plan atomic.Pointer[plan]
+
+	active    atomic.Int64
+	connected atomic.Uint64
+	failed    atomic.Uint64
+	rr        atomic.Uint64 // position of round robin
+	// bytes has one element for each worker that writes it.
+	bytes atomic.Pointer[[]byteCount]
+
+	// Owned by the control goroutine.
+	spec      *gateway.Cluster
+	endpoints map[string]*endpoint
+}
+
+// byteCount is written by one worker only and padded to a cache line, so that
+// counting bytes never moves a line between cores.
+type byteCount struct {
+	in, out atomic.Uint64
+	_       [48]byte
+}
+
+// counter returns the byte counter of a worker.
+func (c *cluster) counter(worker, workers int) *byteCount {
+	if b := c.bytes.Load(); b != nil {
+		return &(*b)[worker]
+	}
+	b := make([]byteCount, workers)
+	if c.bytes.CompareAndSwap(nil, &b) {
+		return &b[worker]
+	}
+	return &(*c.bytes.Load())[worker]
+}
+
+// endpoint is the running state of an endpoint of a cluster, kept as long as
+// some table of the cluster names its address.
+type endpoint struct {
+	key  string // host:port
+	port uint16
+	// fixed is the address of an endpoint with an IP address, else host resolves.
+	fixed []netip.AddrPort
+	host  *host
+
+	active    atomic.Int64
+	connected atomic.Uint64
+	failed    atomic.Uint64
+
+	failures     atomic.Int32 // in a row
+	ejections    atomic.Int32 // in a row
+	ejectedUntil atomic.Int64 // on the forwarder's clock
+	lastError    atomic.Pointer[string]
+}
+
+// addresses may be empty: a name that was never resolved has none.
+func (e *endpoint) addresses() []netip.AddrPort {
+	if e.host == nil {
+		return e.fixed
+	}
+	if a := e.host.addrs.Load(); a != nil {
+		return *a
+	}
+	return nil
+}
+
+// plan is what the table in use says of a cluster, in the order of trying.
+// Immutable.
+type plan struct {
+	// tiers are the cluster's own healthy endpoints by priority, then those of its
+	// failover clusters, then, in the same order, endpoints of unknown health.
+	tiers     []tier
+	endpoints []*endpoint // every endpoint of the cluster itself, for Status
+	healthy   int         // of the cluster itself
+}
+
+// tier is a set of endpoints that are as good as each other.
+type tier struct {
+	owner     *cluster
+	members   []member
+	total     uint32 // sum of the weights
+	step      uint32 // of round robin, see roundRobin
+	policy    gateway.Policy
+	timeout   time.Duration // of one attempt to connect
+	keepalive gateway.Keepalive
+	limit     int64 // connections of the owner; 0 is none
+}
+
+type member struct {
+	ep     *endpoint
+	weight uint32
+	upto   uint32 // sum of the weights up to and with this one
+}
+
+const (
+	maxTries              = 8 // bound of Config.ConnectAttempts
+	defaultConnectTimeout = 5 * time.Second
+	minAddressTimeout     = 500 * time.Millisecond
+)
+
+// dial is the choice of an endpoint for one connection: which were tried, and
+// which is being tried. The zero value, with begin, is ready for use.
+type dial struct {
+	f       *Forwarder
+	cluster *cluster // as routed
+	plan    *plan
+	began   int64
+	tries   int
+	tried   [maxTries]*endpoint
+	start   uint32 // where in an endpoint's addresses to begin
+	limited bool   // passed over a cluster because it is full
+	detail  string // of the last failure
+
+	// The attempt under way.
+	tier *tier
+	ep   *endpoint
+	addr netip.AddrPort
+}
+
+// begin starts the choice for a connection that is routed to c.
+func (d *dial) begin(f *Forwarder, c *cluster, now int64) {
+	*d = dial{f: f, cluster: c, plan: c.plan.Load(), began: now, start: rand.Uint32()}
+}
+
+// next chooses an endpoint and an address of it, and accounts the attempt to
+// them: it must be followed by failed, abandon or done. It returns false when
+// there is nothing left to try; then refusal says why.
+func (d *dial) next(now int64) bool {
+	if d.tries >= d.f.cfg.ConnectAttempts || d.tries > 0 && now-d.began >= int64(d.f.cfg.ConnectDeadline) {
+		return false
+	}
+	// Ejection is a guess: when it leaves nothing, ejected endpoints are tried.
+	for _, ejected := range [2]bool{false, true} {
+		for i := range d.plan.tiers {
+			t := &d.plan.tiers[i]
+			if t.limit > 0 && t.owner.active.Load() >= t.limit {
+				d.limited = true
+				continue
+			}
+			ep := d.pick(t, now, ejected)
+			if ep == nil {
+				continue
+			}
+			if n := t.owner.active.Add(1); t.limit > 0 && n > t.limit {
+				t.owner.active.Add(-1)
+				d.limited = true
+				continue
+			}
+			ep.active.Add(1)
+			addrs := ep.addresses()
+			d.addr = addrs[(int(d.start&0xffff)+d.triedOf(ep))%len(addrs)]
+			d.tier, d.ep = t, ep
+			d.tried[d.tries] = ep
+			d.tries++
+			return true
+		}
+	}
+	return false
+}
+
+// timeout is how long the attempt under way may take. A name with several
+// addresses shares its time among those not yet tried.
+func (d *dial) timeout(now int64) time.Duration {
+	t := d.tier.timeout
+	if left := len(d.ep.addresses()) - d.triedOf(d.ep); left > 0 {
+		t = max(t/time.Duration(left+1), min(t, minAddressTimeout))
+	}
+	return max(min(t, d.f.cfg.ConnectDeadline-time.Duration(now-d.began)), time.Millisecond)
+}
+
+// triedOf counts the attempts at ep, one for each of its addresses.
+func (d *dial) triedOf(ep *endpoint) (n int) {
+	for _, t := range d.tried[:d.tries] {
+		if t == ep {
+			n++
+		}
+	}
+	return n
+}
+
+func (d *dial) eligible(ep *endpoint, now int64, ejected bool) bool {
+	if !ejected && ep.ejectedUntil.Load() > now {
+		return false
+	}
+	return d.triedOf(ep) < len(ep.addresses())
+}
+
+// pick chooses among the tier's endpoints by its policy, or returns nil when
+// none may be tried.
+func (d *dial) pick(t *tier, now int64, ejected bool) *endpoint {
+	if len(t.members) == 1 {
+		if ep := t.members[0].ep; d.eligible(ep, now, ejected) {
+			return ep
+		}
+		return nil
+	}
+	switch t.policy {
+	case gateway.PolicyRoundRobin:
+		if ep := t.roundRobin().ep; d.eligible(ep, now, ejected) {
+			return ep
+		}
+	case gateway.PolicyRandom:
+		if ep := t.random().ep; d.eligible(ep, now, ejected) {
+			return ep
+		}
+	default:
+		a, b := t.random(), t.random()
+		okA, okB := d.eligible(a.ep, now, ejected), d.eligible(b.ep, now, ejected)
+		switch {
+		case okA && (!okB || !b.lessLoaded(a)):
+			return a.ep
+		case okB:
+			return b.ep
+		}
+	}
+	// Something is down: choose among what is left, by weight.
+	var a, b *member
+	var sum uint32
+	for i := range t.members {
+		m := &t.members[i]
+		if !d.eligible(m.ep, now, ejected) {
+			continue
+		}
+		sum += m.weight
+		if a == nil || rand.Uint32N(sum) < m.weight {
+			a = m
+		}
+		if b == nil || rand.Uint32N(sum) < m.weight {
+			b = m
+		}
+	}
+	switch {
+	case a == nil:
+		return nil
+	case t.policy == gateway.PolicyLeastConnections && b.lessLoaded(a):
+		return b.ep
+	}
+	return a.ep
+}
+
+func (m *member) lessLoaded(o *member) bool {
+	return m.ep.active.Load()*int64(o.weight) < o.ep.active.Load()*int64(m.weight)
+}
+
+// at returns the member that covers a point below t.total.
+func (t *tier) at(point uint32) *member {
+	if t.total == uint32(len(t.members)) {
+		return &t.members[point]
+	}
+	lo, hi := 0, len(t.members)-1
+	for lo < hi {
+		mid := (lo + hi) / 2
+		if point < t.members[mid].upto {
+			hi = mid
+		} else {
+			lo = mid + 1
+		}
+	}
+	return &t.members[lo]
+}
+
+func (t *tier) random() *member { return t.at(rand.Uint32N(t.total)) }
+
+// roundRobin visits every point of the weights once a round, in strides that
+// have no divisor in common with their sum, so that a heavy endpoint's turns
+// are spread over the round.
+func (t *tier) roundRobin() *member {
+	n := t.owner.rr.Add(1) % uint64(t.total)
+	return t.at(uint32(n * uint64(t.step) % uint64(t.total)))
+}
+
+// failed ends the attempt under way: the endpoint could not be connected to.
+func (d *dial) failed(now int64, cause error) {
+	ep := d.ep
+	d.release()
+	ep.failed.Add(1)
+	text := cause.Error()
+	ep.lastError.Store(&text)
+	d.detail = fmt.Sprintf("%s: %s", d.addr, text)
+	d.f.eject(d.tier, ep, now)
+}
+
+// abandon ends the attempt under way without a judgement of the endpoint.
+func (d *dial) abandon() { d.release() }
+
+func (d *dial) release() {
+	d.ep.active.Add(-1)
+	d.tier.owner.active.Add(-1)
+}
+
+// done ends the choice: the endpoint is connected. The connection counts as
+// active until closed is called with the same owner and endpoint.
+func (d *dial) done() (*cluster, *endpoint) {
+	d.ep.connected.Add(1)
+	d.tier.owner.connected.Add(1)
+	if d.ep.failures.Load() != 0 {
+		d.ep.failures.Store(0)
+	}
+	return d.tier.owner, d.ep
+}
+
+// closed ends the account of a connection.
+func closed(c *cluster, ep *endpoint) {
+	ep.active.Add(-1)
+	c.active.Add(-1)
+}
+
+// refusal says why next has nothing (more), and counts the failure.
+func (d *dial) refusal() (reason, detail string) {
+	d.cluster.failed.Add(1)
+	switch {
+	case d.tries > 0:
+		return gateway.RefuseConnect, fmt.Sprintf("cluster %s, attempt %d: %s", d.cluster.name, d.tries, d.detail)
+	case d.limited:
+		return gateway.RefuseLimit, fmt.Sprintf("max connections of cluster %s", d.cluster.name)
+	}
+	all, healthy := len(d.plan.endpoints), d.plan.healthy
+	switch {
+	case all == 0:
+		detail = fmt.Sprintf("cluster %s has no endpoint", d.cluster.name)
+	case healthy == 0:
+		detail = fmt.Sprintf("cluster %s: none of %d endpoints is healthy", d.cluster.name, all)
+	default:
+		detail = fmt.Sprintf("cluster %s: no address is known of %d healthy endpoints", d.cluster.name, healthy)
+	}
+	return gateway.RefuseNoEndpoint, detail
+}
+
+// eject passes an endpoint over for a time, after enough failures in a row, if
+// another of its cluster is left.
+func (f *Forwarder) eject(t *tier, ep *endpoint, now int64) {
+	if int(ep.failures.Add(1)) < f.cfg.EjectAfter || ep.ejectedUntil.Load() > now {
+		return
+	}
+	last := true
+	for i := range t.members {
+		if o := t.members[i].ep; o != ep && o.ejectedUntil.Load() <= now {
+			last = false
+			break
+		}
+	}
+	if last {
+		return
+	}
+	// A time in service as long as the longest ejection wipes the slate.
+	if now-ep.ejectedUntil.Load() > int64(f.cfg.EjectMax) {
+		ep.ejections.Store(0)
+	}
+	n := min(ep.ejections.Add(1), 16)
+	d := min(f.cfg.EjectBase<<(n-1), f.cfg.EjectMax)
+	ep.ejectedUntil.Store(now + int64(d))
+	f.log.Warn("endpoint ejected", "cluster", t.owner.name, "endpoint", ep.key, "for", d, "failures", ep.failures.Load())
+}
+
+// registry keeps the state of clusters over tables. Owned by the control
+// goroutine.
+type registry struct {
+	clusters map[string]*cluster
+	dns      *resolver
+}
+
+// prepared is a table's clusters, compiled and not yet in use.
+type prepared struct {
+	clusters map[string]*cluster
+	plans    map[*cluster]*plan
+	specs    map[*cluster]*gateway.Cluster
+}
+
+// prepare compiles the clusters of a table. Nothing of what is in use changes,
+// apart from names that the resolver begins to look up.
+func (r *registry) prepare(t *gateway.Table) *prepared {
+	p := &prepared{
+		clusters: make(map[string]*cluster, len(t.Clusters)),
+		plans:    map[*cluster]*plan{},
+		specs:    map[*cluster]*gateway.Cluster{},
+	}
+	changed := make(map[string]bool)
+	for i := range t.Clusters {
+		spec := &t.Clusters[i]
+		c := r.clusters[spec.Name]
+		if c == nil {
+			c = &cluster{name: spec.Name, endpoints: map[string]*endpoint{}}
+		}
+		p.clusters[spec.Name] = c
+		if c.spec == nil || !sameCluster(c.spec, spec) {
+			changed[spec.Name] = true
+		}
+		p.specs[c] = spec
+	}
+	for i := range t.Clusters {
+		spec := &t.Clusters[i]
+		c := p.clusters[spec.Name]
+		again := changed[spec.Name]
+		for _, f := range spec.Failover {
+			_, known := p.clusters[f]
+			_, was := r.clusters[f]
+			again = again || changed[f] || known != was
+		}
+		if again {
+			p.plans[c] = r.compile(c, spec, p)
+		}
+	}
+	return p
+}
+
+// commit puts what was prepared into use, and returns names that are no longer
+// needed to the resolver.
+func (r *registry) commit(p *prepared) {
+	for c, pl := range p.plans {
+		c.plan.Store(pl)
+	}
+	for name, c := range r.clusters {
+		if p.clusters[name] == nil {
+			c.spec = nil
+			if c.active.Load() > 0 {
+				p.clusters[name] = c // its connections go on being told
+			}
+		}
+	}
+	for c, spec := range p.specs {
+		c.spec = spec
+	}
+	r.clusters = p.clusters
+	used := map[string]bool{}
+	for _, c := range r.clusters {
+		if pl := c.plan.Load(); pl != nil && len(pl.endpoints) < len(c.endpoints) {
+			keep := make(map[string]*endpoint, len(pl.endpoints))
+			for _, ep := range pl.endpoints {
+				keep[ep.key] = ep
+			}
+			c.endpoints = keep
+		}
+		for _, ep := range c.endpoints {
+			if ep.host != nil {
+				used[ep.host.name] = true
+			}
+		}
+	}
+	r.dns.retain(used)
+}
+
+func (r *registry) compile(c *cluster, spec *gateway.Cluster, p *prepared) *plan {
+	pl := &plan{}
+	for i := range spec.Endpoints {
+		e := &spec.Endpoints[i]
+		if ep := r.endpoint(c, e); !slices.Contains(pl.endpoints, ep) || len(pl.endpoints) == 0 {
+			pl.endpoints = append(pl.endpoints, ep)
+		}
+		if e.Healthy {
+			pl.healthy++
+		}
+	}
+	chain := []*gateway.Cluster{spec}
+	for _, name := range spec.Failover {
+		if fc := p.clusters[name]; fc != nil && fc != c {
+			chain = append(chain, p.specs[fc])
+		}
+	}
+	for _, unknown := range [2]bool{false, true} {
+		for _, s := range chain {
+			pl.tiers = append(pl.tiers, r.tiers(p.clusters[s.Name], s, unknown)...)
+		}
+	}
+	return pl
+}
+
+// tiers groups the endpoints of a cluster that are healthy (or of unknown
+// health) by priority.
+func (r *registry) tiers(c *cluster, spec *gateway.Cluster, unknown bool) []tier {
+	groups := map[int][]member{}
+	for i := range spec.Endpoints {
+		e := &spec.Endpoints[i]
+		if e.Network == "unix" || e.Healthy == unknown || unknown && e.Why != "" {
+			continue
+		}
+		groups[e.Priority] = append(groups[e.Priority], member{
+			ep:     r.endpoint(c, e),
+			weight: uint32(min(max(e.Weight, 1), 1<<16)),
+		})
+	}
+	var out []tier
+	for _, prio := range slices.Sorted(maps.Keys(groups)) {
+		t := tier{owner: c, members: groups[prio], policy: spec.Policy,
+			timeout: spec.ConnectTimeout, limit: int64(spec.MaxConnections)}
+		if t.timeout <= 0 {
+			t.timeout = defaultConnectTimeout
+		}
+		if spec.Keepalive != nil {
+			t.keepalive = *spec.Keepalive
+		}
+		var div uint32
+		for _, m := range t.members {
+			div = gcd(div, m.weight)
+		}
+		for i := range t.members {
+			m := &t.members[i]
+			m.weight /= div
+			t.total += m.weight
+			m.upto = t.total
+		}
+		t.step = stride(t.total)
+		out = append(out, t)
+	}
+	return out
+}
+
+func gcd(a, b uint32) uint32 {
+	for b != 0 {
+		a, b = b, a%b
+	}
+	return a
+}
+
+// stride is a number near the golden section of n without a common divisor.
+func stride(n uint32) uint32 {
+	hi, _ := bits.Mul32(n, 2654435769) // 2^32 divided by the golden ratio
+	for s := max(hi, 1); ; s++ {
+		if gcd(s, n) == 1 {
+			return s
+		}
+	}
+}
+
+func (r *registry) endpoint(c *cluster, e *gateway.Endpoint) *endpoint {
+	key := endpointKey(e)
+	if ep := c.endpoints[key]; ep != nil {
+		return ep
+	}
+	ep := &endpoint{key: key, port: uint16(e.Port)}
+	switch ip, err := netip.ParseAddr(e.Address); {
+	case e.Network == "unix":
+		text := "unix endpoints are not supported by the SNI forwarder"
+		ep.lastError.Store(&text)
+	case err == nil:
+		ep.fixed = []netip.AddrPort{netip.AddrPortFrom(ip.Unmap(), uint16(e.Port))}
+	default:
+		ep.host = r.dns.host(e.Address, uint16(e.Port))
+	}
+	c.endpoints[key] = ep
+	return ep
+}
+
+// sameCluster is true when two definitions ask the data plane to do the same.
+func sameCluster(a, b *gateway.Cluster) bool {
+	if a == b {
+		return true
+	}
+	if a.ConnectTimeout != b.ConnectTimeout || a.Policy != b.Policy || a.MaxConnections != b.MaxConnections ||
+		(a.Keepalive == nil) != (b.Keepalive == nil) || a.Keepalive != nil && *a.Keepalive != *b.Keepalive ||
+		!slices.Equal(a.Failover, b.Failover) {
+		return false
+	}
+	return slices.EqualFunc(a.Endpoints, b.Endpoints, func(x, y gateway.Endpoint) bool {
+		return x.Network == y.Network && x.Address == y.Address && x.Port == y.Port && x.Healthy == y.Healthy &&
+			x.Weight == y.Weight && x.Priority == y.Priority && (x.Why == "") == (y.Why == "")
+	})
+}

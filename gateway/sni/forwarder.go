@@ -1,0 +1,434 @@
+package sni
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+
+	"github.com/sluicemesh/sluice/gateway"
+)
+
+// Forwarder forwards TLS connections by server name. It implements
+// [gateway.DataPlane].
+type Forwarder struct {
+	cfg   Config
+	log   hclog.Logger
+	epoch time.Time // of the forwarder's clock
+
+	pending atomic.Pointer[gateway.Table]
+	wake    chan struct{} // capacity 1
+	started atomic.Bool
+
+	// routes is all that a connection reads of the table in use.
+	routes atomic.Pointer[index]
+	// view is what Status reads.
+	view    atomic.Pointer[view]
+	changed atomic.Pointer[chan struct{}]
+	refused refusals
+	fault   atomic.Pointer[string]
+}
+
+var _ gateway.DataPlane = (*Forwarder)(nil)
+
+// view is the table in use, as Status shows it. Immutable.
+type view struct {
+	applied   uint64
+	appliedAt time.Time
+	listeners []*listener
+	clusters  []*cluster // by name
+}
+
+// listener is an address that a table wants bound. It lives as long as the
+// address is in the tables, whatever its name becomes.
+type listener struct {
+	address string // as the table says; the key
+	spec    atomic.Pointer[gateway.Listener]
+	state   atomic.Pointer[bindState]
+
+	active   atomic.Int64
+	accepted atomic.Uint64
+	refused  atomic.Uint64
+
+	// Owned by the control goroutine.
+	retryAt time.Time
+	backoff time.Duration
+}
+
+// bindState is immutable.
+type bindState struct {
+	address string // as bound
+	bound   bool
+	err     string
+}
+
+func (l *listener) name() string { return l.spec.Load().Name }
+
+// full accounts a new connection, or returns true when the listener has as many
+// as it may have.
+func (l *listener) full() bool {
+	l.accepted.Add(1)
+	if most := l.spec.Load().MaxConnections; l.active.Add(1) > int64(most) && most > 0 {
+		return true
+	}
+	return false
+}
+
+// engine moves the bytes. Its methods are called by the control goroutine only.
+type engine interface {
+	// listen binds l and begins to accept; it returns the address as bound.
+	listen(l *listener) (string, error)
+	// unlisten closes l's socket, and returns when nothing more is accepted.
+	unlisten(l *listener)
+	// closeConns closes the connections that came by l.
+	closeConns(l *listener)
+	// stop closes everything and returns when nothing is left.
+	stop()
+}
+
+// New makes a forwarder. A Config that does not validate is told by Run.
+func New(cfg Config) *Forwarder {
+	f := &Forwarder{cfg: cfg.withDefaults(), epoch: time.Now(), wake: make(chan struct{}, 1)}
+	f.log = f.cfg.Logger.Named("sni")
+	f.view.Store(&view{})
+	ch := make(chan struct{})
+	f.changed.Store(&ch)
+	return f
+}
+
+// Changed returns a channel that closes when another table is in use or a
+// listener's binding has changed. Who waits for a state takes the channel before
+// reading Status.
+func (f *Forwarder) Changed() <-chan struct{} { return *f.changed.Load() }
+
+// notify is called by the control goroutine only.
+func (f *Forwarder) notify() {
+	ch := make(chan struct{})
+	close(*f.changed.Swap(&ch))
+}
+
+// Apply implements [gateway.DataPlane].
+func (f *Forwarder) Apply(t *gateway.Table) {
+	f.pending.Store(t)
+	select {
+	case f.wake <- struct{}{}:
+	default:
+	}
+}
+
+// now reads the forwarder's clock, which is monotonic.
+func (f *Forwarder) now() int64 { return int64(time.Since(f.epoch)) }
+
+// fail records a fault of the data plane itself.
+func (f *Forwarder) fail(err error) {
+	text := err.Error()
+	if old := f.fault.Swap(&text); old == nil || *old != text {
+		f.log.Error("data plane fault", "error", err)
+	}
+}
+
+// Run implements [gateway.DataPlane]. It may be called once.
+func (f *Forwarder) Run(ctx context.Context) error {
+	if err := f.cfg.Validate(); err != nil {
+		return err
+	}
+	if f.started.Swap(true) {
+		return errors.New("run forwarder: it has been run before")
+	}
+	eng, err := f.newEngine()
+	if err != nil {
+		return fmt.Errorf("start engine %s: %w", f.cfg.Engine, err)
+	}
+	c := &control{
+		f: f, eng: eng,
+		reg: registry{
+			clusters: map[string]*cluster{},
+			dns:      newResolver(ctx, f.cfg.Lookup, f.cfg.LookupInterval, f.log),
+		},
+		listeners: map[string]*listener{},
+	}
+	c.run(ctx)
+	eng.stop()
+	c.reg.dns.stop()
+	for _, l := range c.listeners {
+		l.state.Store(&bindState{address: l.address, err: "stopped"})
+	}
+	f.notify()
+	return nil
+}
+
+// newEngine starts the engine that the configuration names.
+func (f *Forwarder) newEngine() (engine, error) {
+	if f.cfg.Engine != EngineNetpoll {
+		eng, err := newEpoll(f)
+		if err == nil {
+			f.log.Debug("engine", "name", EngineEpoll, "workers", f.cfg.Workers)
+			return eng, nil
+		}
+		if f.cfg.Engine == EngineEpoll {
+			return nil, err
+		}
+		f.log.Info("epoll is not to be had, using the portable engine", "cause", err)
+	}
+	return newNetpoll(f), nil
+}
+
+// control applies tables: everything that changes, changes here.
+type control struct {
+	f         *Forwarder
+	eng       engine
+	reg       registry
+	listeners map[string]*listener // by address
+	draining  []drain
+	index     *index
+}
+
+// drain is a removed listener whose connections are closed at a time.
+type drain struct {
+	l  *listener
+	at time.Time
+}
+
+func (c *control) run(ctx context.Context) {
+	timer := time.NewTimer(time.Hour)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-c.f.wake:
+			if t := c.f.pending.Swap(nil); t != nil {
+				c.apply(ctx, t)
+			}
+		case <-timer.C:
+		}
+		timer.Reset(c.due())
+	}
+}
+
+// due does what has become due and returns the time until something will be.
+func (c *control) due() time.Duration {
+	now := time.Now()
+	next := now.Add(time.Hour)
+	for _, l := range c.listeners {
+		if st := l.state.Load(); st != nil && st.bound {
+			continue
+		}
+		if !now.Before(l.retryAt) {
+			c.bind(l, now)
+		}
+		if !l.state.Load().bound && l.retryAt.Before(next) {
+			next = l.retryAt
+		}
+	}
+	c.draining = slices.DeleteFunc(c.draining, func(d drain) bool {
+		if d.l.active.Load() == 0 {
+			return true
+		}
+		if !now.Before(d.at) {
+			c.eng.closeConns(d.l)
+			return true
+		}
+		if d.at.Before(next) {
+			next = d.at
+		}
+		return false
+	})
+	return max(time.Until(next), 0)
+}
+
+func (c *control) bind(l *listener, now time.Time) {
+	addr, err := c.eng.listen(l)
+	if err == nil {
+		l.state.Store(&bindState{address: addr, bound: true})
+		l.backoff = 0
+		c.f.notify()
+		c.f.log.Info("listening", "listener", l.name(), "address", addr)
+		return
+	}
+	l.backoff = min(max(2*l.backoff, c.f.cfg.BindRetryMin), c.f.cfg.BindRetryMax)
+	l.retryAt = now.Add(l.backoff)
+	if old := l.state.Swap(&bindState{address: l.address, err: err.Error()}); old == nil || old.err != err.Error() {
+		c.f.notify()
+		c.f.log.Warn("listener not bound", "listener", l.name(), "address", l.address, "error", err)
+	}
+}
+
+// apply puts a table into use: first everything is prepared, then it is swapped
+// in, clusters before the routes that lead to them.
+func (c *control) apply(ctx context.Context, t *gateway.Table) {
+	p := c.reg.prepare(t)
+	c.reg.dns.await(ctx, c.f.cfg.LookupWait)
+	x, dangling := newIndex(c.index, t.Routes, p.clusters)
+	c.reg.commit(p)
+	c.index = x
+	c.f.routes.Store(x)
+
+	v := &view{applied: t.Index, appliedAt: time.Now()}
+	for _, cl := range c.reg.clusters {
+		v.clusters = append(v.clusters, cl)
+	}
+	slices.SortFunc(v.clusters, func(a, b *cluster) int { return strings.Compare(a.name, b.name) })
+	v.listeners = c.applyListeners(t)
+	c.f.view.Store(v)
+	c.due() // binds what is new
+	c.f.notify()
+	if len(dangling) > 0 {
+		c.f.fail(fmt.Errorf("apply table %d: %d routes lead to no cluster, such as %q", t.Index, len(dangling), dangling[0]))
+	}
+}
+
+func (c *control) applyListeners(t *gateway.Table) []*listener {
+	var out []*listener
+	want := map[string]bool{}
+	for i := range t.Listeners {
+		spec := &t.Listeners[i]
+		if spec.Mode != gateway.ListenSNI {
+			continue
+		}
+		if want[spec.Address] {
+			dup := &listener{address: spec.Address}
+			dup.spec.Store(spec)
+			dup.state.Store(&bindState{address: spec.Address, err: "another listener of the table has the same address"})
+			out = append(out, dup)
+			continue
+		}
+		want[spec.Address] = true
+		l := c.listeners[spec.Address]
+		if l == nil {
+			l = &listener{address: spec.Address}
+			c.listeners[spec.Address] = l
+		}
+		l.spec.Store(spec)
+		out = append(out, l)
+	}
+	for addr, l := range c.listeners {
+		if want[addr] {
+			continue
+		}
+		delete(c.listeners, addr)
+		if st := l.state.Load(); st != nil && st.bound {
+			c.eng.unlisten(l)
+			l.state.Store(&bindState{address: addr, err: "removed"})
+		}
+		c.draining = append(c.draining, drain{l, time.Now().Add(max(c.f.cfg.DrainTimeout, 0))})
+		c.f.log.Info("listener removed", "listener", l.name(), "address", addr, "connections", l.active.Load())
+	}
+	return out
+}
+
+// checkListener tells what the engines have in common to say of an address.
+func checkListener(l *listener) (netip.AddrPort, error) {
+	if n := l.spec.Load().Network; n != "" && n != "tcp" {
+		return netip.AddrPort{}, fmt.Errorf("network %q is not for listeners of mode sni", n)
+	}
+	a, err := netip.ParseAddrPort(l.address)
+	if err != nil {
+		return a, fmt.Errorf("address %q is no ip:port", l.address)
+	}
+	return netip.AddrPortFrom(a.Addr().Unmap(), a.Port()), nil
+}
+
+// Status implements [gateway.DataPlane].
+func (f *Forwarder) Status() gateway.Status {
+	v := f.view.Load()
+	s := gateway.Status{Applied: v.applied, AppliedAt: v.appliedAt, Refused: f.refused.newest()}
+	if e := f.fault.Load(); e != nil {
+		s.LastError = *e
+	}
+	for _, l := range v.listeners {
+		ls := gateway.ListenerStatus{
+			Name: l.name(), Address: l.address, Active: l.active.Load(),
+			Accepted: l.accepted.Load(), RefusedTotal: l.refused.Load(),
+		}
+		if st := l.state.Load(); st != nil {
+			ls.Address, ls.Bound, ls.Error = st.address, st.bound, st.err
+		}
+		s.Listeners = append(s.Listeners, ls)
+	}
+	for _, c := range v.clusters {
+		if cs := c.status(); cs.Connected+cs.Failed > 0 || cs.Active > 0 {
+			s.Clusters = append(s.Clusters, cs)
+		}
+	}
+	return s
+}
+
+func (c *cluster) status() gateway.ClusterStatus {
+	s := gateway.ClusterStatus{Name: c.name, Active: c.active.Load(), Connected: c.connected.Load(), Failed: c.failed.Load()}
+	if b := c.bytes.Load(); b != nil {
+		for i := range *b {
+			s.BytesIn += (*b)[i].in.Load()
+			s.BytesOut += (*b)[i].out.Load()
+		}
+	}
+	pl := c.plan.Load()
+	if pl == nil {
+		return s
+	}
+	for _, ep := range pl.endpoints {
+		es := gateway.EndpointStatus{Address: ep.key, Active: ep.active.Load(), Connected: ep.connected.Load(), Failed: ep.failed.Load()}
+		if e := ep.lastError.Load(); e != nil {
+			es.LastError = *e
+		}
+		if ep.host != nil {
+			if e := ep.host.err.Load(); e != nil {
+				es.LastError = *e
+			}
+		}
+		s.Endpoints = append(s.Endpoints, es)
+	}
+	slices.SortFunc(s.Endpoints, func(a, b gateway.EndpointStatus) int { return cmp.Compare(a.Address, b.Address) })
+	return s
+}
+
+// refuse records a connection that reaches no endpoint. h is nil when no hello
+// was read.
+func (f *Forwarder) refuse(l *listener, peer netip.AddrPort, h *hello, n int, reason, detail string) {
+	l.refused.Add(1)
+	r := gateway.Refusal{
+		At: time.Now(), Listener: l.name(), Peer: peer.String(), HelloBytes: n, Reason: reason, Detail: detail,
+	}
+	if h != nil {
+		r.ServerName, r.ALPN = string(h.name()), h.protocols()
+	}
+	f.refused.add(r)
+	if f.log.IsTrace() {
+		f.log.Trace("refused", "listener", r.Listener, "peer_addr", r.Peer, "server_name", r.ServerName,
+			"alpn", r.ALPN, "bytes", n, "reason", reason, "detail", detail)
+	}
+}
+
+const keptRefusals = 64
+
+// refusals is a ring of the newest.
+type refusals struct {
+	mu   sync.Mutex // guards ring and n
+	ring [keptRefusals]gateway.Refusal
+	n    int
+}
+
+func (r *refusals) add(x gateway.Refusal) {
+	r.mu.Lock()
+	r.ring[r.n%keptRefusals] = x
+	r.n++
+	r.mu.Unlock()
+}
+
+func (r *refusals) newest() []gateway.Refusal {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	out := make([]gateway.Refusal, 0, min(r.n, keptRefusals))
+	for i := r.n - 1; i >= max(0, r.n-keptRefusals); i-- {
+		out = append(out, r.ring[i%keptRefusals])
+	}
+	return out
+}

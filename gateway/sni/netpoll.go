@@ -1,0 +1,375 @@
+package sni
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/sluicemesh/sluice/gateway"
+)
+
+// netpoll is the portable engine: goroutines on the runtime's poller.
+type netpoll struct {
+	f      *Forwarder
+	ctx    context.Context // ends with stop; a dial under way ends with it
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+	bufs   sync.Pool
+
+	socks map[*listener]*netpollListener // control goroutine only
+
+	mu    sync.Mutex // guards conns and stopped
+	conns map[*netpollConn]struct{}
+	ended bool
+}
+
+type netpollListener struct {
+	net.Listener
+	done chan struct{} // closed when its accept loop has ended
+}
+
+// netpollConn is one connection, from accepting to the end of both directions.
+type netpollConn struct {
+	l        *listener
+	client   *net.TCPConn
+	endpoint *net.TCPConn // guarded by the engine's mutex until it is set
+
+	count      *byteCount
+	lastActive atomic.Int64 // on the forwarder's clock
+	halves     atomic.Int32 // directions that have ended
+}
+
+// copyChunk is after how many bytes a direction is accounted: io.Copy would
+// tell only at its end.
+const copyChunk = 1 << 20
+
+func newNetpoll(f *Forwarder) engine {
+	e := &netpoll{f: f, socks: map[*listener]*netpollListener{}, conns: map[*netpollConn]struct{}{}}
+	e.ctx, e.cancel = context.WithCancel(context.Background())
+	e.bufs.New = func() any { b := make([]byte, 4<<10); return &b }
+	return e
+}
+
+func (e *netpoll) keepalive(k gateway.Keepalive) net.KeepAliveConfig {
+	k = e.f.cfg.keepalive(k)
+	return net.KeepAliveConfig{Enable: true, Idle: k.Idle, Interval: k.Interval, Count: k.Probes}
+}
+
+func (e *netpoll) listen(l *listener) (string, error) {
+	addr, err := checkListener(l)
+	if err != nil {
+		return "", err
+	}
+	// "tcp" for [::], which then serves IPv4 too; an address of a family is of
+	// that family.
+	network := "tcp"
+	if addr.Addr().Is4() {
+		network = "tcp4"
+	}
+	lc := net.ListenConfig{KeepAliveConfig: e.keepalive(gateway.Keepalive{})}
+	ln, err := lc.Listen(e.ctx, network, addr.String())
+	if err != nil {
+		return "", err
+	}
+	s := &netpollListener{Listener: ln, done: make(chan struct{})}
+	e.socks[l] = s
+	e.wg.Go(func() {
+		defer close(s.done)
+		e.accept(l, ln)
+	})
+	return ln.Addr().String(), nil
+}
+
+func (e *netpoll) unlisten(l *listener) {
+	if s := e.socks[l]; s != nil {
+		s.Close()
+		<-s.done
+		delete(e.socks, l)
+	}
+}
+
+func (e *netpoll) closeConns(l *listener) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for c := range e.conns {
+		if c.l == l {
+			c.close()
+		}
+	}
+}
+
+func (e *netpoll) stop() {
+	e.cancel()
+	for l := range e.socks {
+		e.unlisten(l)
+	}
+	e.mu.Lock()
+	e.ended = true
+	for c := range e.conns {
+		c.close()
+	}
+	e.mu.Unlock()
+	e.wg.Wait()
+}
+
+// close makes every read and write of the connection fail. The owner frees it.
+func (c *netpollConn) close() {
+	c.client.Close()
+	if c.endpoint != nil {
+		c.endpoint.Close()
+	}
+}
+
+func (e *netpoll) accept(l *listener, ln net.Listener) {
+	const pauseMin, pauseMax = 5 * time.Millisecond, time.Second
+	pause := pauseMin
+	for {
+		c, err := ln.Accept()
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
+		if err != nil {
+			// Such as no more file descriptors: wait until some are closed.
+			e.f.fail(err)
+			t := time.NewTimer(pause)
+			select {
+			case <-t.C:
+			case <-e.ctx.Done():
+				t.Stop()
+			}
+			pause = min(2*pause, pauseMax)
+			continue
+		}
+		pause = pauseMin
+		p := &netpollConn{l: l, client: c.(*net.TCPConn)}
+		e.mu.Lock()
+		e.conns[p] = struct{}{}
+		ended := e.ended
+		e.mu.Unlock()
+		if ended {
+			p.close()
+		}
+		e.wg.Go(func() { e.serve(p) })
+	}
+}
+
+func (e *netpoll) serve(p *netpollConn) {
+	f := e.f
+	defer func() {
+		p.l.active.Add(-1)
+		e.mu.Lock()
+		delete(e.conns, p)
+		p.close()
+		e.mu.Unlock()
+	}()
+	peer := addrPort(p.client.RemoteAddr())
+	if p.l.full() {
+		f.refuse(p.l, peer, nil, 0, gateway.RefuseLimit, "max connections of the listener")
+		return
+	}
+	bp := e.bufs.Get().(*[]byte)
+	var h hello
+	n, reason, detail := e.readHello(p, bp, &h)
+	if reason != "" {
+		hp := &h
+		if reason != gateway.RefuseNoServerName && reason != gateway.RefuseBadServerName {
+			hp = nil
+		}
+		f.refuse(p.l, peer, hp, n, reason, detail)
+		e.bufs.Put(bp)
+		return
+	}
+	cl := f.routes.Load().lookup(h.name())
+	if cl == nil {
+		f.refuse(p.l, peer, &h, n, gateway.RefuseNoRoute, "")
+		e.bufs.Put(bp)
+		return
+	}
+	var d dial
+	d.begin(f, cl, f.now())
+	if !e.connect(p, &d) {
+		reason, detail := gateway.RefuseClientGone, "shutting down"
+		if e.ctx.Err() == nil {
+			reason, detail = d.refusal()
+		}
+		f.refuse(p.l, peer, &h, n, reason, detail)
+		e.bufs.Put(bp)
+		return
+	}
+	owner, ep := d.done()
+	defer closed(owner, ep)
+	if f.log.IsTrace() {
+		f.log.Trace("connected", "listener", p.l.name(), "peer_addr", peer, "server_name", string(h.name()),
+			"cluster", owner.name, "endpoint", ep.key)
+	}
+	p.count = owner.counter(0, 1)
+	p.lastActive.Store(f.now())
+	_, err := p.endpoint.Write((*bp)[:n])
+	p.count.in.Add(uint64(n))
+	e.bufs.Put(bp)
+	if err != nil {
+		p.reset(p.client)
+		return
+	}
+	var wg sync.WaitGroup
+	wg.Go(func() { e.copy(p, p.client, p.endpoint, &p.count.out) })
+	e.copy(p, p.endpoint, p.client, &p.count.in)
+	wg.Wait()
+}
+
+// readHello reads into *bp, which it may replace by a larger one, until the
+// ClientHello is complete.
+func (e *netpoll) readHello(p *netpollConn, bp *[]byte, h *hello) (n int, reason, detail string) {
+	f := e.f
+	var scan helloScan
+	p.client.SetReadDeadline(time.Now().Add(f.cfg.HelloTimeout))
+	for {
+		if n == len(*bp) {
+			// Twice as much, but only once the client has sent as much as fits.
+			b := make([]byte, min(2*len(*bp), f.cfg.HelloBytes))
+			copy(b, *bp)
+			*bp = b
+		}
+		k, err := p.client.Read((*bp)[n:min(len(*bp), f.cfg.HelloBytes)])
+		n += k
+		if k > 0 {
+			done, reason := scan.feed((*bp)[:n], f.cfg.HelloBytes)
+			if reason != "" {
+				return n, reason, ""
+			}
+			if done {
+				break
+			}
+		}
+		switch {
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			return n, gateway.RefuseHelloTimeout, f.cfg.HelloTimeout.String()
+		case err != nil:
+			return n, gateway.RefuseClientGone, ""
+		}
+	}
+	p.client.SetReadDeadline(time.Time{})
+	var scratch []byte
+	if scan.recs > 1 {
+		scratch = make([]byte, n)
+	}
+	return n, h.parse(scan.message((*bp)[:n], scratch)), ""
+}
+
+// connect tries endpoints until one is connected.
+func (e *netpoll) connect(p *netpollConn, d *dial) bool {
+	for now := e.f.now(); d.next(now); now = e.f.now() {
+		dialer := net.Dialer{Timeout: d.timeout(now), KeepAliveConfig: e.keepalive(d.tier.keepalive)}
+		c, err := dialer.DialContext(e.ctx, "tcp", d.addr.String())
+		if err != nil {
+			if e.ctx.Err() != nil {
+				d.abandon()
+				return false
+			}
+			d.failed(e.f.now(), connectError(err))
+			continue
+		}
+		e.mu.Lock()
+		p.endpoint = c.(*net.TCPConn)
+		ended := e.ended
+		e.mu.Unlock()
+		if ended {
+			d.abandon()
+			return false
+		}
+		return true
+	}
+	return false
+}
+
+// connectError takes the addresses off an error of net, which repeat what is
+// said beside it.
+func connectError(err error) error {
+	var op *net.OpError
+	if errors.As(err, &op) {
+		if op.Timeout() {
+			return errConnectTimeout
+		}
+		err = op.Err
+	}
+	var sys *os.SyscallError
+	if errors.As(err, &sys) {
+		return sys.Err
+	}
+	return err
+}
+
+var errConnectTimeout = errors.New("connect timed out")
+
+// copy moves one direction until its end, and passes the end on. Both ends are
+// bare TCP connections, so that the bytes need not pass through the process.
+func (e *netpoll) copy(p *netpollConn, dst, src *net.TCPConn, count *atomic.Uint64) {
+	f := e.f
+	lim := io.LimitedReader{R: src}
+	for {
+		idle := f.cfg.idleLimit(p.halves.Load() > 0)
+		if idle > 0 {
+			src.SetReadDeadline(time.Now().Add(idle))
+		}
+		lim.N = copyChunk
+		n, err := dst.ReadFrom(&lim)
+		if n > 0 {
+			count.Add(uint64(n))
+			p.lastActive.Store(f.now())
+		}
+		switch {
+		case err == nil && n == copyChunk:
+			continue
+		case err == nil:
+			// The end of what src sends; dst may go on sending.
+			if p.halves.Add(1) == 1 {
+				dst.CloseWrite()
+				if d := f.cfg.idleLimit(true); d > 0 {
+					dst.SetReadDeadline(time.Now().Add(d))
+				}
+			}
+			return
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			idle = f.cfg.idleLimit(p.halves.Load() > 0)
+			if n > 0 || idle == 0 || f.now()-p.lastActive.Load() < int64(idle) {
+				continue
+			}
+			p.client.Close()
+			p.endpoint.Close()
+			return
+		}
+		// One of the two was reset, or both are being closed: the other learns the
+		// same way.
+		p.reset(src)
+		p.reset(dst)
+		return
+	}
+}
+
+// reset closes a connection so that the peer sees that not all was well.
+func (p *netpollConn) reset(c *net.TCPConn) {
+	c.SetLinger(0)
+	c.Close()
+}
+
+func addrPort(a net.Addr) netip.AddrPort {
+	if t, ok := a.(*net.TCPAddr); ok {
+		ap := t.AddrPort()
+		return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
+	}
+	return netip.AddrPort{}
+}
+
+func endpointKey(e *gateway.Endpoint) string {
+	if e.Network == "unix" {
+		return e.Address
+	}
+	return net.JoinHostPort(e.Address, strconv.Itoa(e.Port))
+}
