@@ -82,8 +82,13 @@ func Explain(t *Table, name string) Explanation {
 		if i > 0 {
 			step("failover %d is cluster %s", i, c.Name)
 		}
-		if c.Pending {
+		if c.Pending && len(c.Endpoints) > 0 {
 			step("which endpoints cluster %s has is not known at present; those listed were last known", c.Name)
+		}
+		if c.Pending && len(c.Endpoints) == 0 {
+			step("which endpoints cluster %s has is not known yet", c.Name)
+			x.Missing = append(x.Missing, "an answer as to the endpoints of cluster "+c.Name)
+			continue
 		}
 		if len(c.Endpoints) == 0 {
 			step("cluster %s has no endpoints (%s)", c.Name, origin(c.Origin))
@@ -128,9 +133,9 @@ func Explain(t *Table, name string) Explanation {
 		return x
 	}
 	if len(x.Candidates) > 0 {
-		// Unhealthy endpoints are tried when nothing else is left: a check may be
-		// wrong, a closed connection cannot be right.
-		step("no endpoint is healthy, so each is tried all the same")
+		// There is no panic mode: being refused names the cause, and a connection to
+		// what a check calls dead would only time out.
+		step("no endpoint is healthy, so the connection is closed")
 	} else {
 		step("there is no endpoint to dial, so the connection is closed")
 	}
@@ -157,6 +162,9 @@ func origin(o Origin) string {
 	return s
 }
 
+// upstream returns the upstream's part of an upstream listener's name.
+func (l *Listener) upstream() string { return strings.TrimSuffix(l.Name, ":"+l.Address) }
+
 // upstreamListener finds an upstream listener by its name, its address, its
 // upstream's name, or the server name its cluster sends.
 func (t *Table) upstreamListener(name string) *Listener {
@@ -166,7 +174,7 @@ func (t *Table) upstreamListener(name string) *Listener {
 		if l.Mode != ListenUpstream {
 			continue
 		}
-		id := strings.TrimSuffix(l.Name, ":"+l.Address)
+		id := l.upstream()
 		bare, _, _ := strings.Cut(id, "?")
 		if name == l.Name || name == l.Address || name == id || name == bare {
 			return l

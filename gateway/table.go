@@ -99,8 +99,7 @@ type Route struct {
 type Cluster struct {
 	Name string
 	// Endpoints are sorted by priority, address and port. Unhealthy ones are
-	// listed, so that the table can explain itself, and not dialled while there
-	// is a healthy one of the same priority.
+	// listed so that the table can explain itself; they are not dialled.
 	Endpoints []Endpoint `json:",omitempty"`
 	// Pending is true while it is not known which endpoints there are. Those
 	// listed are then what was last known of them, by [Carry].
