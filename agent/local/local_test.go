@@ -372,16 +372,22 @@ func TestSync(t *testing.T) {
 				t.Error("drift was not mended")
 			}
 		})
-		// Mere output waits; the status does not.
+		// Mere output is written now and then; the status at once.
 		r.SetStatus("service:web", api.HealthCritical, "again")
 		a.get(t, func() {
-			if a.checks["service:web"].Output == "again" {
-				t.Error("a change of nothing but output was written at once")
+			if got := a.checks["service:web"].Output; got != "again" {
+				t.Errorf("output %q after minutes without a write", got)
+			}
+		})
+		r.SetStatus("service:web", api.HealthCritical, "and again")
+		a.get(t, func() {
+			if a.checks["service:web"].Output == "and again" {
+				t.Error("a second change of nothing but output was written at once")
 			}
 		})
 		time.Sleep(6 * time.Minute)
 		a.get(t, func() {
-			if a.checks["service:web"].Output != "again" {
+			if a.checks["service:web"].Output != "and again" {
 				t.Error("the output was never written")
 			}
 			a.down = true

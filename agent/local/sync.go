@@ -61,6 +61,7 @@ func (s *Syncer) Run(ctx context.Context) error {
 		known    *remote // nil asks for a full comparison
 		nextFull time.Time
 		backoff  = retryMin
+		outputAt = map[string]time.Time{} // outlives full comparisons
 	)
 	for {
 		ws := memdb.NewWatchSet()
@@ -68,6 +69,7 @@ func (s *Syncer) Run(ctx context.Context) error {
 		var err error
 		if known == nil || !time.Now().Before(nextFull) {
 			if known, err = s.read(ctx); err == nil {
+				known.outputAt = outputAt
 				nextFull = time.Now().Add(s.interval())
 				// What the catalog knows of checks that have not run yet is taken over;
 				// that changes the registry, so it is read again.
@@ -160,7 +162,7 @@ func (s *Syncer) read(ctx context.Context) (*remote, error) {
 	if err := s.call(ctx, http.MethodGet, "/v1/health/node/"+url.PathEscape(node.Node), "", nil, &checks); err != nil {
 		return nil, err
 	}
-	r := &remote{services: map[string]*catalog.Service{}, checks: map[string]*catalog.Check{}, outputAt: map[string]time.Time{}}
+	r := &remote{services: map[string]*catalog.Service{}, checks: map[string]*catalog.Check{}}
 	if n := list.Node; n != nil {
 		r.node = n.ID == node.ID && n.Address == node.Address &&
 			sameMap(n.TaggedAddresses, node.TaggedAddresses) && sameMap(n.Meta, node.Meta)
@@ -201,6 +203,7 @@ func (s *Syncer) write(ctx context.Context, known *remote, services map[string]*
 				return due, err
 			}
 			delete(known.checks, id)
+			delete(known.outputAt, id)
 		}
 	}
 	stale := map[string][]*Check{} // by service ID, "" for the node's
