@@ -3,7 +3,6 @@ package sni
 import (
 	"fmt"
 	"maps"
-	"math/bits"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
@@ -94,8 +93,8 @@ type plan struct {
 type tier struct {
 	owner     *cluster
 	members   []member
-	total     uint32 // sum of the weights
-	step      uint32 // of round robin, see roundRobin
+	total     uint32   // sum of the weights
+	round     []uint32 // the members' turns in a round of round robin; nil is one each
 	policy    gateway.Policy
 	timeout   time.Duration // of one attempt to connect
 	keepalive gateway.Keepalive
@@ -112,6 +111,7 @@ const (
 	maxTries              = 8 // bound of Config.ConnectAttempts
 	defaultConnectTimeout = 5 * time.Second
 	minAddressTimeout     = 500 * time.Millisecond
+	maxWeight             = 128 // spec mesh-gateway 4.5
 )
 
 // dial is the choice of an endpoint for one connection: which were tried, and
@@ -277,12 +277,38 @@ func (t *tier) at(point uint32) *member {
 
 func (t *tier) random() *member { return t.at(rand.Uint32N(t.total)) }
 
-// roundRobin visits every point of the weights once a round, in strides that
-// have no divisor in common with their sum, so that a heavy endpoint's turns
-// are spread over the round.
+// roundRobin takes the next turn of the round.
 func (t *tier) roundRobin() *member {
-	n := t.owner.rr.Add(1) % uint64(t.total)
-	return t.at(uint32(n * uint64(t.step) % uint64(t.total)))
+	n := t.owner.rr.Add(1)
+	if t.round != nil {
+		return &t.members[t.round[n%uint64(len(t.round))]]
+	}
+	return t.at(uint32(n % uint64(t.total)))
+}
+
+// maxRound bounds the work to lay out a round; in a larger one an endpoint has
+// its turns in a row.
+const maxRound = 1 << 20
+
+// layOut puts the turns of a round in an order in which each endpoint's are
+// spread: always the one that is furthest behind its share.
+func (t *tier) layOut() {
+	if t.total == uint32(len(t.members)) || int(t.total)*len(t.members) > maxRound {
+		return
+	}
+	t.round = make([]uint32, t.total)
+	behind := make([]int64, len(t.members))
+	for i := range t.round {
+		best := 0
+		for j := range behind {
+			behind[j] += int64(t.members[j].weight)
+			if behind[j] > behind[best] {
+				best = j
+			}
+		}
+		behind[best] -= int64(t.total)
+		t.round[i] = uint32(best)
+	}
 }
 
 // failed ends the attempt under way: the endpoint could not be connected to.
@@ -491,7 +517,7 @@ func (r *registry) tiers(c *cluster, spec *gateway.Cluster, unknown bool) []tier
 		}
 		groups[e.Priority] = append(groups[e.Priority], member{
 			ep:     r.endpoint(c, e),
-			weight: uint32(min(max(e.Weight, 1), 1<<16)),
+			weight: uint32(min(max(e.Weight, 1), maxWeight)),
 		})
 	}
 	var out []tier
@@ -514,7 +540,9 @@ func (r *registry) tiers(c *cluster, spec *gateway.Cluster, unknown bool) []tier
 			t.total += m.weight
 			m.upto = t.total
 		}
-		t.step = stride(t.total)
+		if t.policy == gateway.PolicyRoundRobin {
+			t.layOut()
+		}
 		out = append(out, t)
 	}
 	return out
@@ -525,16 +553,6 @@ func gcd(a, b uint32) uint32 {
 		a, b = b, a%b
 	}
 	return a
-}
-
-// stride is a number near the golden section of n without a common divisor.
-func stride(n uint32) uint32 {
-	hi, _ := bits.Mul32(n, 2654435769) // 2^32 divided by the golden ratio
-	for s := max(hi, 1); ; s++ {
-		if gcd(s, n) == 1 {
-			return s
-		}
-	}
 }
 
 func (r *registry) endpoint(c *cluster, e *gateway.Endpoint) *endpoint {

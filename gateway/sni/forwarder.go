@@ -278,8 +278,8 @@ func (c *control) apply(ctx context.Context, t *gateway.Table) {
 	}
 	slices.SortFunc(v.clusters, func(a, b *cluster) int { return strings.Compare(a.name, b.name) })
 	v.listeners = c.applyListeners(t)
+	c.due() // binds what is new, so that a table in use has said whether it could
 	c.f.view.Store(v)
-	c.due() // binds what is new
 	c.f.notify()
 	if len(dangling) > 0 {
 		c.f.fail(fmt.Errorf("apply table %d: %d routes lead to no cluster, such as %q", t.Index, len(dangling), dangling[0]))

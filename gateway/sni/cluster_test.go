@@ -1,0 +1,345 @@
+package sni
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/sluicemesh/sluice/gateway"
+)
+
+// chooser is a forwarder's choice without its sockets.
+type chooser struct {
+	*Forwarder
+	reg registry
+	now int64
+}
+
+func newChooser(t testing.TB, cfg Config, clusters ...gateway.Cluster) *chooser {
+	f := New(cfg)
+	c := &chooser{Forwarder: f, reg: registry{clusters: map[string]*cluster{}, dns: newResolver(t.Context(), f.cfg.Lookup, f.cfg.LookupInterval, f.log)}}
+	c.apply(clusters...)
+	return c
+}
+
+func (c *chooser) apply(clusters ...gateway.Cluster) {
+	c.reg.commit(c.reg.prepare(&gateway.Table{Clusters: clusters}))
+}
+
+func (c *chooser) begin(name string) *dial {
+	d := &dial{}
+	d.begin(c.Forwarder, c.reg.clusters[name], c.now)
+	return d
+}
+
+// all fails every attempt and returns the endpoints in the order of trying.
+func (c *chooser) all(name string) (out []string) {
+	d := c.begin(name)
+	for d.next(c.now) {
+		out = append(out, d.ep.key)
+		d.failed(c.now, errors.New("no"))
+	}
+	return out
+}
+
+// weighted is a cluster of endpoints 10.0.0.1:1, :2... with weights.
+func weighted(policy gateway.Policy, weights ...int) gateway.Cluster {
+	c := gateway.Cluster{Name: "c", Policy: policy}
+	for i, w := range weights {
+		c.Endpoints = append(c.Endpoints, gateway.Endpoint{Address: "10.0.0.1", Port: i + 1, Healthy: true, Weight: w})
+	}
+	return c
+}
+
+func TestPolicies(t *testing.T) {
+	const n = 12000
+	for _, tc := range []struct {
+		policy gateway.Policy
+		within float64
+	}{
+		{gateway.PolicyLeastConnections, 0.05},
+		{gateway.PolicyRoundRobin, 0.001},
+		{gateway.PolicyRandom, 0.15},
+	} {
+		t.Run("policy "+string(tc.policy), func(t *testing.T) {
+			c := newChooser(t, Config{}, weighted(tc.policy, 1, 2, 3))
+			got := map[string]int{}
+			for range n { // all stay open
+				d := c.begin("c")
+				if !d.next(0) {
+					t.Fatal("nothing to try")
+				}
+				_, ep := d.done()
+				got[ep.key]++
+			}
+			for i := 1; i <= 3; i++ {
+				want := float64(n * i / 6)
+				if k := float64(got[fmt.Sprintf("10.0.0.1:%d", i)]); k < want*(1-tc.within) || k > want*(1+tc.within) {
+					t.Errorf("endpoint of weight %d of 6 has %v of %d connections: %v", i, k, n, got)
+				}
+			}
+		})
+	}
+}
+
+func TestRoundRobinSpreadsTurns(t *testing.T) {
+	c := newChooser(t, Config{}, weighted(gateway.PolicyRoundRobin, 4, 1, 1))
+	longest, run := 0, 0
+	for range 60 {
+		d := c.begin("c")
+		d.next(0)
+		if _, ep := d.done(); ep.key == "10.0.0.1:1" {
+			run++
+		} else {
+			run = 0
+		}
+		longest = max(longest, run)
+	}
+	if longest > 3 {
+		t.Errorf("the endpoint with 4 of 6 turns has %d in a row", longest)
+	}
+}
+
+func TestLeastConnectionsPrefersTheIdle(t *testing.T) {
+	c := newChooser(t, Config{}, weighted(gateway.PolicyLeastConnections, 1, 1))
+	d := c.begin("c")
+	d.next(0)
+	_, busy := d.done()
+	other := 0
+	for range 200 {
+		d := c.begin("c")
+		d.next(0)
+		if d.ep != busy {
+			other++
+		}
+		d.abandon()
+	}
+	if other < 110 { // 150 are expected of two choices in four
+		t.Errorf("the idle endpoint was chosen %d times of 200", other)
+	}
+}
+
+func TestOrderOfTrying(t *testing.T) {
+	up := func(port, prio int) gateway.Endpoint {
+		return gateway.Endpoint{Address: "10.0.0.1", Port: port, Healthy: true, Weight: 1, Priority: prio}
+	}
+	unknown, critical := up(3, 0), up(4, 0)
+	unknown.Healthy = false
+	critical.Healthy, critical.Why = false, "critical"
+	web := gateway.Cluster{Name: "web", Endpoints: []gateway.Endpoint{up(1, 0), unknown, critical, up(2, 1)}, Failover: []string{"web", "spare", "gone"}}
+	spare := gateway.Cluster{Name: "spare", Endpoints: []gateway.Endpoint{up(9, 0)}, Failover: []string{"deeper"}}
+	c := newChooser(t, Config{ConnectAttempts: 8}, web, spare, gateway.Cluster{Name: "deeper", Endpoints: []gateway.Endpoint{up(10, 0)}})
+	want := []string{"10.0.0.1:1", "10.0.0.1:2", "10.0.0.1:9", "10.0.0.1:3"}
+	if d := cmp.Diff(want, c.all("web")); d != "" {
+		t.Errorf("order (-want +got):\n%s", d)
+	}
+	c.cfg.ConnectAttempts = 2
+	if d := cmp.Diff(want[:2], c.all("web")); d != "" {
+		t.Errorf("bounded attempts (-want +got):\n%s", d)
+	}
+	// The failover goes, and the plan of who used it with it.
+	c.cfg.ConnectAttempts = 8
+	c.apply(web)
+	if d := cmp.Diff([]string{want[0], want[1], want[3]}, c.all("web")); d != "" {
+		t.Errorf("without the failover (-want +got):\n%s", d)
+	}
+	// Nothing is tried once the time is over.
+	d := c.begin("web")
+	d.next(0)
+	d.failed(0, errors.New("no"))
+	if d.next(int64(c.cfg.ConnectDeadline)) {
+		t.Error("another attempt after the deadline")
+	}
+}
+
+func TestEjection(t *testing.T) {
+	c := newChooser(t, Config{EjectAfter: 2, EjectBase: time.Second, EjectMax: 10 * time.Second, ConnectAttempts: 1},
+		weighted(gateway.PolicyRoundRobin, 1, 1))
+	bad := c.reg.clusters["c"].endpoints["10.0.0.1:1"]
+	run := func(n int) (tried int) { // bad fails, the other does not
+		for range n {
+			d := c.begin("c")
+			if !d.next(c.now) {
+				t.Fatal("nothing to try")
+			}
+			if d.ep == bad {
+				tried++
+				d.failed(c.now, errors.New("no"))
+			} else {
+				closed(d.done())
+			}
+		}
+		return tried
+	}
+	if n := run(20); n != 2 {
+		t.Errorf("tried %d times before the ejection, want 2", n)
+	}
+	for _, wait := range []time.Duration{time.Second, 2 * time.Second, 4 * time.Second, 8 * time.Second, 10 * time.Second, 10 * time.Second} {
+		if n := run(20); n != 0 {
+			t.Errorf("ejected for %s: tried %d times", wait, n)
+		}
+		c.now += int64(wait) - 1
+		if n := run(20); n != 0 {
+			t.Errorf("just before %s: tried %d times", wait, n)
+		}
+		c.now++
+		if n := run(20); n != 1 {
+			t.Errorf("after %s: tried %d times, want once", wait, n)
+		}
+	}
+	// The other is the last one: it is not ejected, whatever happens.
+	good := c.reg.clusters["c"].endpoints["10.0.0.1:2"]
+	for range 10 {
+		d := c.begin("c")
+		d.next(c.now)
+		if d.ep != good {
+			t.Fatal("the ejected one was chosen")
+		}
+		d.failed(c.now, errors.New("no"))
+	}
+	// It succeeds when its time is over: all is forgotten.
+	c.now += int64(10 * time.Second)
+	d := c.begin("c")
+	for d.next(c.now); d.ep != bad; d.next(c.now) {
+		d.abandon()
+		d = c.begin("c")
+	}
+	closed(d.done())
+	if bad.failures.Load() != 0 {
+		t.Error("failures are kept after a success")
+	}
+	if n := c.reg.clusters["c"].active.Load() + bad.active.Load() + good.active.Load(); n != 0 {
+		t.Errorf("%d connections are active, want none", n)
+	}
+}
+
+func TestStateSurvivesTables(t *testing.T) {
+	web := weighted(gateway.PolicyRoundRobin, 1, 1)
+	c := newChooser(t, Config{}, web)
+	cl := c.reg.clusters["c"]
+	first := cl.endpoints["10.0.0.1:1"]
+	plan := cl.plan.Load()
+	same := weighted(gateway.PolicyRoundRobin, 1, 1)
+	same.Origin.Index = 99
+	c.apply(same)
+	if c.reg.clusters["c"] != cl || cl.plan.Load() != plan {
+		t.Error("an unchanged cluster was compiled again")
+	}
+	d := c.begin("c")
+	d.next(0)
+	owner, ep := d.done()
+	c.apply(weighted(gateway.PolicyRoundRobin, 1, 5, 1))
+	if c.reg.clusters["c"] != cl || cl.endpoints["10.0.0.1:1"] != first || cl.plan.Load() == plan {
+		t.Error("a changed cluster lost its state, or did not change")
+	}
+	c.apply(weighted(gateway.PolicyRoundRobin, 1))
+	if len(cl.endpoints) != 1 || cl.endpoints["10.0.0.1:1"] != first {
+		t.Errorf("endpoints: %v", cl.endpoints)
+	}
+	// Gone, but with a connection: kept until that ends.
+	c.apply()
+	if c.reg.clusters["c"] != cl {
+		t.Error("a cluster with a connection was forgotten")
+	}
+	c.apply(web)
+	if c.reg.clusters["c"] != cl {
+		t.Error("a cluster that came back lost its state")
+	}
+	closed(owner, ep)
+	c.apply()
+	if c.reg.clusters["c"] != nil {
+		t.Error("a cluster without a connection was kept")
+	}
+}
+
+func TestChoiceAllocatesNothing(t *testing.T) {
+	c := newChooser(t, Config{}, weighted(gateway.PolicyLeastConnections, 1, 2, 3))
+	cl := c.reg.clusters["c"]
+	var d dial
+	if n := testing.AllocsPerRun(100, func() {
+		d.begin(c.Forwarder, cl, 0)
+		d.next(0)
+		closed(d.done())
+	}); n != 0 {
+		t.Errorf("%v allocations, want none", n)
+	}
+}
+
+func TestResolver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		var mu sync.Mutex // guards what follows, for the race detector
+		var answer []netip.Addr
+		var fail error
+		asked := 0
+		lookup := func(context.Context, string) ([]netip.Addr, error) {
+			mu.Lock()
+			defer mu.Unlock()
+			asked++
+			return answer, fail
+		}
+		set := func(a []netip.Addr, err error) {
+			mu.Lock()
+			defer mu.Unlock()
+			answer, fail = a, err
+		}
+		count := func() int {
+			mu.Lock()
+			defer mu.Unlock()
+			return asked
+		}
+		r := newResolver(ctx, lookup, 10*time.Second, New(Config{}).log)
+		addrs := func(text ...string) (out []netip.AddrPort) {
+			for _, a := range text {
+				out = append(out, netip.MustParseAddrPort(a))
+			}
+			return out
+		}
+		three := []netip.Addr{netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("::ffff:10.0.0.2"), netip.MustParseAddr("2001:db8::1")}
+		set(three, nil)
+		h := r.host("gw.example", 443)
+		r.await(ctx, time.Second)
+		want := addrs("[2001:db8::1]:443", "10.0.0.1:443", "10.0.0.2:443")
+		if d := cmp.Diff(want, *h.addrs.Load(), cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); d != "" {
+			t.Errorf("addresses (-want +got):\n%s", d)
+		}
+		if r.host("gw.example", 443) != h {
+			t.Error("a name is followed twice")
+		}
+		// Failures keep the last good answer, and are asked again sooner.
+		set(nil, errors.New("no servers"))
+		time.Sleep(12 * time.Second)
+		synctest.Wait()
+		if h.err.Load() == nil || len(*h.addrs.Load()) != 3 {
+			t.Errorf("after a failure: %v, %v", h.err.Load(), h.addrs.Load())
+		}
+		before := count()
+		time.Sleep(3 * time.Second)
+		synctest.Wait()
+		if count() < before+1 {
+			t.Error("a failure is not asked again before the interval")
+		}
+		set(three[:1], nil)
+		time.Sleep(15 * time.Second)
+		synctest.Wait()
+		if h.err.Load() != nil || len(*h.addrs.Load()) != 1 {
+			t.Errorf("after a new answer: %v, %v", h.err.Load(), h.addrs.Load())
+		}
+		r.retain(nil)
+		synctest.Wait()
+		before = count()
+		time.Sleep(time.Minute)
+		if count() != before {
+			t.Error("a name that nothing uses is asked for")
+		}
+		cancel()
+		r.stop()
+	})
+}
