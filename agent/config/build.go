@@ -35,6 +35,9 @@ func or[T any](p *T, def T) T {
 // bad adds a problem with the value at path. The text is the whole message: many
 // of them are Consul's.
 func (b *builder) bad(path, format string, args ...any) {
+	if b.failed[path] {
+		return
+	}
 	b.problems = append(b.problems, Problem{Pos: b.at(path), Text: fmt.Sprintf(format, args...)})
 }
 
@@ -117,6 +120,9 @@ func (b *builder) node() Node {
 	}
 	dc := func(key string, p *string, def string) string {
 		name := strings.ToLower(or(p, def))
+		if p == nil {
+			return name
+		}
 		if !datacenterName.MatchString(name) {
 			b.bad(key, "%s can only contain lowercase alphanumeric, - or _ characters. received: %q", key, name)
 		}

@@ -34,6 +34,9 @@ type decoder struct {
 	camel bool
 	// broken are the elements of lists that have problems of their own, by path.
 	broken map[string]bool
+	// failed are the keys whose value is of the wrong type, by path: no rule is
+	// asked about them again.
+	failed map[string]bool
 	fields map[reflect.Type][]field
 	// outer are the structs around the one that is read, for hints.
 	outer []reflect.Type
@@ -162,6 +165,10 @@ func (d *decoder) wrong(n *node, path string, secret bool, expected string) {
 		p.Value = ""
 	}
 	d.problems = append(d.problems, p)
+	if d.failed == nil {
+		d.failed = map[string]bool{}
+	}
+	d.failed[path] = true
 }
 
 func join(path, key string) string {
@@ -345,15 +352,21 @@ func (d *decoder) decodeSlice(n *node, v reflect.Value, path string) {
 		p, before := fmt.Sprintf("%s[%d]", path, v.Len()), len(d.problems)
 		d.decode(e, x, p)
 		if len(d.problems) > before {
-			if d.broken == nil {
-				d.broken = map[string]bool{}
-			}
-			d.broken[p] = true
+			d.breaks(p)
 		}
 		if !e.isNull() {
 			v.Set(reflect.Append(v, x))
 		}
 	}
+}
+
+// breaks marks the element of a list at path, or around it, as not decoded well.
+func (d *decoder) breaks(path string) {
+	if d.broken == nil {
+		d.broken = map[string]bool{}
+	}
+	element, _, _ := strings.Cut(path, ".")
+	d.broken[path], d.broken[element] = true, true
 }
 
 func indirect(t reflect.Type) reflect.Type {
@@ -426,10 +439,24 @@ func (d *decoder) unknown(e entry, fields []field, path string) {
 			return
 		}
 	}
+	var inner []string
+	for _, f := range fields {
+		t := indirect(f.typ)
+		if t.Kind() == reflect.Slice {
+			t = indirect(t.Elem())
+		}
+		if t.Kind() == reflect.Struct && t != entryType && slices.ContainsFunc(d.fieldsOf(t), func(f field) bool { return f.hasKey(e.key, d.camel) }) {
+			inner = append(inner, f.keys[0])
+		}
+	}
+	if len(inner) == 1 {
+		p.Hint = fmt.Sprintf("it belongs to the block %q within", inner[0])
+		return
+	}
 	for i := len(d.outer) - 2; i >= 0; i-- {
 		for _, f := range d.fieldsOf(d.outer[i]) {
 			if f.hasKey(e.key, d.camel) && (i > 0 || len(path) > 0) {
-				p.Hint = "it belongs to " + enclosing(path, len(d.outer)-1-i)
+				p.Hint = "it belongs to the block around, " + enclosing(path, len(d.outer)-1-i)
 				return
 			}
 		}

@@ -3,138 +3,229 @@ package config
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"strconv"
 	"strings"
 
-	"github.com/hashicorp/hcl/hcl/ast"
-	"github.com/hashicorp/hcl/hcl/parser"
+	"github.com/hashicorp/hcl/hcl/scanner"
 	hclstrconv "github.com/hashicorp/hcl/hcl/strconv"
 	"github.com/hashicorp/hcl/hcl/token"
 )
 
 // parseHCL reads HCL 1, the dialect of Consul's files.
+//
+// The scanner is the library's. Its parser is not used, because it drops an
+// error that a closing brace follows: of a list that is not closed it reports
+// the end of the file, and of a key without a value nothing at all.
 func parseHCL(file string, src []byte) (*node, error) {
-	start := Pos{file, 1, 1}
-	if depth(src) > maxDepth {
-		return nil, syntaxErrorf(start, "%v", errTooDeep)
+	src = bytes.ReplaceAll(src, []byte("\r\n"), []byte("\n"))
+	p := &hclParser{file: file, scan: scanner.New(src)}
+	p.scan.Error = func(pos token.Pos, msg string) {
+		if p.err == nil {
+			p.err = syntaxErrorf(p.pos(pos), "%s", msg)
+		}
 	}
-	f, err := parser.Parse(src)
+	p.next()
+	n := &node{pos: Pos{file, 1, 1}, kind: mapNode}
+	err := p.object(n, 0)
+	if p.err != nil {
+		err = p.err // what the scanner met first explains the rest
+	}
 	if err != nil {
-		var pe *parser.PosError
-		if errors.As(err, &pe) && pe.Pos.Line > 0 {
-			return nil, syntaxErrorf(Pos{file, pe.Pos.Line, pe.Pos.Column}, "%v", pe.Err)
-		}
-		return nil, syntaxErrorf(start, "%v", err)
-	}
-	objects, ok := f.Node.(*ast.ObjectList)
-	if !ok {
-		return nil, syntaxErrorf(start, "expected keys and blocks at the top level")
-	}
-	h := hclReader{file}
-	return h.object(objects, start)
-}
-
-// depth bounds how deeply brackets in src nest, without regard to strings and
-// comments, where they cannot make it smaller than it is.
-func depth(src []byte) int {
-	d, most := 0, 0
-	for _, b := range src {
-		switch b {
-		case '{', '[':
-			d++
-			most = max(most, d)
-		case '}', ']':
-			d = max(d-1, 0)
-		}
-	}
-	return most
-}
-
-type hclReader struct{ file string }
-
-func (h hclReader) pos(p token.Pos) Pos { return Pos{h.file, p.Line, p.Column} }
-
-func (h hclReader) object(list *ast.ObjectList, pos Pos) (*node, error) {
-	n := &node{pos: pos, kind: mapNode}
-	for _, item := range list.Items {
-		if len(item.Keys) == 0 {
-			return nil, syntaxErrorf(pos, "expected a key")
-		}
-		v, err := h.value(item.Val, h.pos(item.Keys[0].Token.Pos))
-		if err != nil {
-			return nil, err
-		}
-		// The labels of a block are keys within it: a "b" {} is a { b {} }.
-		for i := len(item.Keys) - 1; i >= 0; i-- {
-			tok := item.Keys[i].Token
-			key, err := h.key(tok)
-			if err != nil {
-				return nil, err
-			}
-			e := entry{key, h.pos(tok.Pos), v}
-			if i == 0 {
-				n.entries = append(n.entries, e)
-				break
-			}
-			v = &node{pos: e.pos, kind: mapNode, entries: []entry{e}}
-		}
+		return nil, err
 	}
 	return n, nil
 }
 
-func (h hclReader) key(tok token.Token) (string, error) {
-	if tok.Type != token.STRING {
-		return tok.Text, nil
-	}
-	s, err := hclstrconv.Unquote(tok.Text)
-	if err != nil {
-		return "", syntaxErrorf(h.pos(tok.Pos), "read key %s: %v", tok.Text, err)
-	}
-	return s, nil
+type hclParser struct {
+	file string
+	scan *scanner.Scanner
+	tok  token.Token // the next one
+	err  error       // of the scanner
+	// open are the brackets that are not closed yet.
+	open []token.Token
 }
 
-func (h hclReader) value(v ast.Node, at Pos) (*node, error) {
-	switch v := v.(type) {
-	case *ast.ObjectType:
-		return h.object(v.List, h.pos(v.Lbrace))
-	case *ast.ListType:
-		n := &node{pos: h.pos(v.Lbrack), kind: listNode}
-		for _, e := range v.List {
-			c, err := h.value(e, n.pos)
-			if err != nil {
-				return nil, err
-			}
-			n.list = append(n.list, c)
+func (p *hclParser) pos(at token.Pos) Pos { return Pos{p.file, max(at.Line, 1), max(at.Column, 1)} }
+
+// next steps to the next token that is no comment.
+func (p *hclParser) next() {
+	for {
+		p.tok = p.scan.Scan()
+		if p.tok.Type != token.COMMENT {
+			return
 		}
-		return n, nil
-	case *ast.LiteralType:
-		return h.literal(v.Token)
 	}
-	return nil, syntaxErrorf(at, "expected a value")
 }
 
-// literal does what [token.Token.Value] does, which panics on a number out of
-// range and on a string with a bad escape.
-func (h hclReader) literal(tok token.Token) (*node, error) {
-	n := &node{pos: h.pos(tok.Pos)}
+// unexpected is the error that the next token is not what it should be.
+func (p *hclParser) unexpected(expected string) error {
+	at := p.pos(p.tok.Pos)
+	var open string
+	if n := len(p.open); n > 0 {
+		o := p.open[n-1]
+		open = fmt.Sprintf("; the %q of line %d is open", o.Text, o.Pos.Line)
+	}
+	switch p.tok.Type {
+	case token.EOF:
+		return syntaxErrorf(at, "expected %s, got the end of the file%s", expected, open)
+	case token.RBRACE, token.RBRACK, token.LBRACE, token.LBRACK, token.ASSIGN, token.COMMA:
+		return syntaxErrorf(at, "expected %s, got %q%s", expected, p.tok.Text, open)
+	}
+	return syntaxErrorf(at, "expected %s, got %s", expected, p.tok.Text)
+}
+
+// enter steps over an opening bracket, and leave over its closing one.
+func (p *hclParser) enter() error {
+	if len(p.open) >= maxDepth {
+		return syntaxErrorf(p.pos(p.tok.Pos), "%v", errTooDeep)
+	}
+	p.open = append(p.open, p.tok)
+	p.next()
+	return nil
+}
+
+func (p *hclParser) leave() {
+	p.open = p.open[:len(p.open)-1]
+	p.next()
+}
+
+// object reads keys and their values into n, up to a closing brace, which is
+// left, or to the end of the file.
+func (p *hclParser) object(n *node, depth int) error {
+	for {
+		switch {
+		case p.tok.Type == token.EOF && depth == 0, p.tok.Type == token.RBRACE && depth > 0:
+			return nil
+		}
+		if err := p.item(n, depth); err != nil {
+			return err
+		}
+		if p.tok.Type == token.COMMA {
+			p.next()
+		}
+	}
+}
+
+// item reads a key, its labels and its value.
+func (p *hclParser) item(n *node, depth int) error {
+	var keys []entry
+	for p.tok.Type == token.IDENT || p.tok.Type == token.STRING {
+		key := p.tok.Text
+		if p.tok.Type == token.STRING {
+			s, err := hclstrconv.Unquote(key)
+			if err != nil {
+				return syntaxErrorf(p.pos(p.tok.Pos), "read key %s: %v", key, err)
+			}
+			key = s
+		}
+		if len(keys)+len(p.open) >= maxDepth {
+			return syntaxErrorf(p.pos(p.tok.Pos), "%v", errTooDeep)
+		}
+		keys = append(keys, entry{key: key, pos: p.pos(p.tok.Pos)})
+		p.next()
+	}
+	var v *node
 	var err error
-	switch tok.Type {
-	case token.BOOL:
-		n.scalar = tok.Text == "true"
-	case token.NUMBER:
-		n.scalar, err = strconv.ParseInt(tok.Text, 0, 64)
-	case token.FLOAT:
-		n.scalar, err = strconv.ParseFloat(tok.Text, 64)
-	case token.STRING:
-		n.scalar, err = hclstrconv.Unquote(tok.Text)
-	case token.HEREDOC:
-		n.scalar, err = heredoc(tok.Text)
+	switch {
+	case len(keys) == 0:
+		if depth > 0 {
+			return p.unexpected(`a key or "}"`)
+		}
+		return p.unexpected("a key")
+	case p.tok.Type == token.LBRACE:
+		v, err = p.block(depth)
+	case p.tok.Type == token.ASSIGN && len(keys) == 1:
+		p.next()
+		v, err = p.value(depth)
+	case len(keys) == 1:
+		return p.unexpected(fmt.Sprintf("%q or %q after the key %s", "=", "{", keys[0].key))
 	default:
-		err = errors.New("expected a string, a number, true or false")
+		return p.unexpected(fmt.Sprintf("%q after the labels of %s", "{", keys[0].key))
 	}
 	if err != nil {
-		return nil, syntaxErrorf(n.pos, "read %s: %v", tok.Text, err)
+		return err
 	}
+	// The labels of a block are keys within it: a "b" {} is a { b {} }.
+	for i := len(keys) - 1; i > 0; i-- {
+		keys[i].value = v
+		v = &node{pos: keys[i].pos, kind: mapNode, entries: []entry{keys[i]}}
+	}
+	keys[0].value = v
+	n.entries = append(n.entries, keys[0])
+	return nil
+}
+
+func (p *hclParser) block(depth int) (*node, error) {
+	n := &node{pos: p.pos(p.tok.Pos), kind: mapNode}
+	if err := p.enter(); err != nil {
+		return nil, err
+	}
+	if err := p.object(n, depth+1); err != nil {
+		return nil, err
+	}
+	p.leave()
+	return n, nil
+}
+
+func (p *hclParser) value(depth int) (*node, error) {
+	switch p.tok.Type {
+	case token.LBRACE:
+		return p.block(depth)
+	case token.LBRACK:
+		return p.list(depth)
+	case token.BOOL, token.NUMBER, token.FLOAT, token.STRING, token.HEREDOC:
+		return p.literal()
+	case token.IDENT:
+		return nil, syntaxErrorf(p.pos(p.tok.Pos), "expected a value, got %s; write strings in quotes", p.tok.Text)
+	}
+	return nil, p.unexpected("a value")
+}
+
+func (p *hclParser) list(depth int) (*node, error) {
+	n := &node{pos: p.pos(p.tok.Pos), kind: listNode}
+	if err := p.enter(); err != nil {
+		return nil, err
+	}
+	for p.tok.Type != token.RBRACK {
+		v, err := p.value(depth + 1)
+		if err != nil {
+			return nil, err
+		}
+		n.list = append(n.list, v)
+		if p.tok.Type == token.COMMA {
+			p.next()
+		} else if p.tok.Type != token.RBRACK {
+			return nil, p.unexpected(`"," or "]"`)
+		}
+	}
+	p.leave()
+	return n, nil
+}
+
+func (p *hclParser) literal() (*node, error) {
+	n := &node{pos: p.pos(p.tok.Pos)}
+	var err error
+	switch text := p.tok.Text; p.tok.Type {
+	case token.BOOL:
+		n.scalar = text == "true"
+	case token.NUMBER:
+		n.scalar, err = strconv.ParseInt(text, 0, 64)
+	case token.FLOAT:
+		n.scalar, err = strconv.ParseFloat(text, 64)
+	case token.STRING:
+		n.scalar, err = hclstrconv.Unquote(text)
+	default:
+		n.scalar, err = heredoc(text)
+	}
+	if err != nil {
+		var ne *strconv.NumError
+		if errors.As(err, &ne) {
+			err = ne.Err
+		}
+		return nil, syntaxErrorf(n.pos, "read %s: %v", p.tok.Text, err)
+	}
+	p.next()
 	return n, nil
 }
 
@@ -157,15 +248,14 @@ func heredoc(text string) (string, error) {
 	if !unindent || prefix == "" {
 		return body, nil
 	}
-	lines := bytes.SplitAfter([]byte(body), []byte("\n"))
+	lines := strings.SplitAfter(body, "\n")
 	for _, l := range lines {
-		if len(l) > 0 && !bytes.HasPrefix(l, []byte(prefix)) {
+		if l != "" && !strings.HasPrefix(l, prefix) {
 			return body, nil
 		}
 	}
-	var b strings.Builder
-	for _, l := range lines {
-		b.Write(bytes.TrimPrefix(l, []byte(prefix)))
+	for i, l := range lines {
+		lines[i] = strings.TrimPrefix(l, prefix)
 	}
-	return b.String(), nil
+	return strings.Join(lines, ""), nil
 }

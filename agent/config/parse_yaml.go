@@ -225,3 +225,19 @@ func (n *node) size() int {
 	}
 	return s
 }
+
+// depth bounds how deeply brackets in src nest, whatever strings and comments
+// hold: the library's parser has no bound of its own.
+func depth(src []byte) int {
+	d, most := 0, 0
+	for _, b := range src {
+		switch b {
+		case '{', '[':
+			d++
+			most = max(most, d)
+		case '}', ']':
+			d = max(d-1, 0)
+		}
+	}
+	return most
+}

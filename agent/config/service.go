@@ -115,9 +115,15 @@ func (d *decoder) definition(s *serviceSettings, path string) catalog.Definition
 			def.Weights.Warning = *s.Weights.Warning
 		}
 	}
-	for list, checks := range map[string][]checkSettings{".check": s.Check, ".checks": s.Checks} {
+	for _, checks := range [][]checkSettings{s.Check, s.Checks} {
+		list := ".check"
+		if len(checks) > 0 && len(s.Checks) > 0 && &checks[0] == &s.Checks[0] {
+			list = ".checks"
+		}
 		for i := range checks {
-			d.checkTimes(&checks[i].AgentServiceCheck, fmt.Sprintf("%s%s[%d]", path, list, i))
+			if !d.checkTimes(&checks[i].AgentServiceCheck, fmt.Sprintf("%s%s[%d]", path, list, i)) {
+				d.breaks(path)
+			}
 		}
 	}
 	for _, c := range append(s.Check, s.Checks...) {
@@ -162,8 +168,9 @@ func (d *decoder) mode(m api.MeshGatewayMode, path string) {
 }
 
 // checkTimes checks the durations of a check, which the API's type has as
-// strings.
-func (d *decoder) checkTimes(c *api.AgentServiceCheck, path string) {
+// strings, and reports whether they are well-formed.
+func (d *decoder) checkTimes(c *api.AgentServiceCheck, path string) (ok bool) {
+	ok = true
 	for _, t := range []struct{ key, value string }{
 		{"interval", c.Interval}, {"timeout", c.Timeout}, {"ttl", c.TTL},
 		{"deregister_critical_service_after", c.DeregisterCriticalServiceAfter},
@@ -174,8 +181,10 @@ func (d *decoder) checkTimes(c *api.AgentServiceCheck, path string) {
 		if _, err := time.ParseDuration(t.value); err != nil {
 			p := join(path, t.key)
 			d.problems = append(d.problems, Problem{Pos: d.at(p), Path: p, Value: strconv.Quote(t.value), Text: `expected a duration such as "30s" or "1h30m"`})
+			ok = false
 		}
 	}
+	return ok
 }
 
 // checks turns the checks of the files into definitions and checks them.
@@ -183,9 +192,9 @@ func (d *decoder) checks(all []checkSettings) []Check {
 	var out []Check
 	for i, c := range all {
 		path := fmt.Sprintf("checks[%d]", i)
-		d.checkTimes(&all[i].AgentServiceCheck, path)
+		timed := d.checkTimes(&all[i].AgentServiceCheck, path)
 		out = append(out, Check{Definition: c.AgentServiceCheck, ServiceID: c.ServiceID, Token: c.Token, Source: c.At})
-		if d.broken[path] {
+		if d.broken[path] || !timed {
 			continue
 		}
 		if err := catalog.ValidateCheck(c.AgentServiceCheck); err != nil {
