@@ -24,15 +24,16 @@ func Health(inst *Instance, onlyPassing bool) (healthy bool, weight int, why str
 	}
 	warned := ""
 	for _, c := range inst.Checks {
-		switch {
-		case c == nil:
+		if c == nil {
 			continue
-		case c.Status == api.HealthCritical, onlyPassing && c.Status != api.HealthPassing:
+		}
+		if c.Status == api.HealthWarning && warned == "" {
+			warned = c.CheckID
+		}
+		if c.Status == api.HealthCritical || onlyPassing && c.Status != api.HealthPassing {
 			if healthy {
 				healthy, why = false, fmt.Sprintf("check %q is %s", c.CheckID, c.Status)
 			}
-		case c.Status == api.HealthWarning && warned == "":
-			warned = c.CheckID
 		}
 	}
 	if warned != "" {
