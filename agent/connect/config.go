@@ -283,3 +283,13 @@ func (s Settings) SameKeyMaterial(o Settings) bool {
 	return s.PrivateKeyType == o.PrivateKeyType && s.PrivateKeyBits == o.PrivateKeyBits &&
 		s.PrivateKey == o.PrivateKey && s.RootCert == o.RootCert
 }
+
+// ErrStateReadOnly is returned for a CA configuration that would write the
+// provider's own state.
+var ErrStateReadOnly = errors.New("Provider State is read-only. It must be omitted or identical to the current value") //nolint:staticcheck // clients match the text
+
+// ErrUninitialized is returned by signing before the CA has a key.
+var ErrUninitialized = errors.New("CA is uninitialized and unable to sign certificates yet: provider is nil")
+
+// ErrNotFinished is returned by reads of the CA before it has roots.
+var ErrNotFinished = errors.New("CA has not finished initializing")
