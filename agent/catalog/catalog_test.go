@@ -148,23 +148,25 @@ func TestValidateRegistration(t *testing.T) {
 		{`{"Name":"web","Meta":{` + many(65) + `}}`, "Invalid Service Meta: Node metadata cannot contain more than 64 key/value pairs"},
 		{
 			`{"Name":"mgw","Kind":"mesh-gateway","Connect":{"SidecarService":{}},"Check":{"TTL":"x"},"Proxy":{"DestinationServiceName":"a","DestinationServiceID":"b","LocalServiceAddress":"c","LocalServicePort":1,"LocalServiceSocketPath":"d","Upstreams":[{}]}}`,
-			"Validation failed: 7 errors occurred:\n\t* Port must be non-zero for a mesh-gateway\n" +
+			"Validation failed: 8 errors occurred:\n\t* Port must be non-zero for a mesh-gateway\n" +
 				"\t* The Proxy.DestinationServiceName configuration is invalid for a mesh-gateway\n" +
 				"\t* The Proxy.DestinationServiceID configuration is invalid for a mesh-gateway\n" +
 				"\t* The Proxy.LocalServiceAddress configuration is invalid for a mesh-gateway\n" +
 				"\t* The Proxy.LocalServicePort configuration is invalid for a mesh-gateway\n" +
 				"\t* The Proxy.LocalServiceSocketPath configuration is invalid for a mesh-gateway\n" +
-				"\t* The Proxy.Upstreams configuration is invalid for a mesh-gateway\n\n",
+				"\t* The Proxy.Upstreams configuration is invalid for a mesh-gateway\n" +
+				"\t* A mesh-gateway cannot have a sidecar service defined\n\n",
 		},
 		{`{"Name":"mgw","Kind":"mesh-gateway","Port":1,"Connect":{"SidecarService":{}}}`, "Validation failed: 1 error occurred:\n\t* A mesh-gateway cannot have a sidecar service defined\n\n"},
 		{`{"Name":"p","Kind":"connect-proxy","Port":1}`, "Validation failed: 1 error occurred:\n\t* Proxy.DestinationServiceName must be non-empty for Connect proxy services\n\n"},
 		{`{"Name":"web","TaggedAddresses":{"wan_ipv4":{"Address":"gw.example.com"},"lan_ipv6":{"Address":"10.0.0.1"}}}`,
 			"Validation failed: 2 errors occurred:\n\t* Service tagged address \"lan_ipv6\" must be a valid ipv6 address\n\t* Service tagged address \"wan_ipv4\" must be a valid ipv4 address\n\n"},
 		{
-			proxy(`"Upstreams":[{"LocalBindPort":1},{"DestinationName":"*","LocalBindPort":2},{"DestinationName":"a","Datacenter":"dc2","DestinationPeer":"east","LocalBindPort":3},{"DestinationName":"b"},{"DestinationName":"c","LocalBindPort":4,"LocalBindSocketPath":"/s"},{"DestinationName":"d","LocalBindPort":5},{"DestinationName":"d","LocalBindPort":5,"LocalBindAddress":"127.0.0.1"}]`),
-			"Validation failed: 7 errors occurred:\n\t* upstream destination name cannot be empty\n\t* upstream destination name cannot be a wildcard\n" +
+			proxy(`"Upstreams":[{"LocalBindPort":1},{"DestinationName":"*","LocalBindPort":2},{"DestinationName":"a","Datacenter":"dc2","DestinationPeer":"east","LocalBindPort":3},{"DestinationName":"b"},{"DestinationName":"e","DestinationType":"x","LocalBindPort":6},{"DestinationName":"c","LocalBindPort":4,"LocalBindSocketPath":"/s"},{"DestinationName":"d","LocalBindPort":5},{"DestinationName":"d","LocalBindPort":5,"LocalBindAddress":"127.0.0.1"}]`),
+			"Validation failed: 8 errors occurred:\n\t* upstream destination name cannot be empty\n\t* upstream destination name cannot be a wildcard\n" +
 				"\t* upstream cannot specify both destination peer and datacenter\n" +
 				"\t* upstream local bind port or local socket path must be defined and nonzero\n" +
+				"\t* unknown upstream destination type: \"x\"\n" +
 				"\t* only one of upstream local bind port or local socket path can be defined and nonzero\n" +
 				"\t* upstreams cannot contain duplicates by local bind port and unix path; \"127.0.0.1:5\" specified twice\n" +
 				"\t* upstreams cannot contain duplicates of service:d\n\n",

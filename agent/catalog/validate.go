@@ -42,10 +42,13 @@ func ValidateRegistration(d *Definition) error {
 	if err := ValidateMeta(d.Meta, d.Kind == KindMeshGateway); err != nil {
 		return fmt.Errorf("Invalid Service Meta: %w", err)
 	}
-	if err := ValidateService(ServiceOf(d)); err != nil {
-		return fmt.Errorf("Validation failed: %w", err)
+	var all *multierror.Error
+	for _, err := range []error{ValidateService(ServiceOf(d)), validateSidecarBlock(d)} {
+		if err != nil {
+			all = multierror.Append(all, err)
+		}
 	}
-	if err := validateSidecarBlock(d); err != nil {
+	if err := all.ErrorOrNil(); err != nil {
 		return fmt.Errorf("Validation failed: %w", err)
 	}
 	if err := validateChecks("Invalid check: %w", &d.AgentServiceRegistration); err != nil {
@@ -241,6 +244,11 @@ func validateUpstreams(upstreams []api.Upstream, add func(error)) {
 		case u.DestinationName == wildcard:
 			add(errors.New("upstream destination name cannot be a wildcard"))
 			continue
+		}
+		switch u.DestinationType {
+		case "", api.UpstreamDestTypeService, api.UpstreamDestTypePreparedQuery:
+		default:
+			add(fmt.Errorf("unknown upstream destination type: %q", u.DestinationType))
 		}
 		if u.DestinationPeer != "" && u.Datacenter != "" {
 			add(errors.New("upstream cannot specify both destination peer and datacenter"))

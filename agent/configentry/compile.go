@@ -23,6 +23,8 @@ const (
 
 // maxLegs bounds what nested splitters multiply out to. Without a bound a few
 // entries make a chain that does not fit in memory.
+//
+// COMPAT: Consul has no bound.
 const maxLegs = 10_000
 
 // Compile resolves the routers, splitters and resolvers of a service into the

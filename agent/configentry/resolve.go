@@ -365,6 +365,11 @@ func (r *Resolved) upstreamConfig(u api.Upstream) map[string]any {
 	return out
 }
 
+// overlayUpstream writes what c sets into out, with the keys that a registration
+// would use.
+//
+// COMPAT: Consul shows limits and passive_health_check, once merged, with the
+// CamelCase keys of the entry. Here both origins have one form.
 func overlayUpstream(out map[string]any, c *api.UpstreamConfig) {
 	if c == nil {
 		return

@@ -692,12 +692,9 @@ func validatePermission(prefix string, p *api.IntentionPermission) error {
 	}
 	h := p.HTTP
 	if h == nil {
-		if p.JWT != nil {
-			return nil
-		}
 		return fmt.Errorf("%s.HTTP is required", prefix)
 	}
-	if h.PathExact == "" && h.PathPrefix == "" && h.PathRegex == "" && len(h.Header) == 0 && len(h.Methods) == 0 && p.JWT == nil {
+	if h.PathExact == "" && h.PathPrefix == "" && h.PathRegex == "" && len(h.Header) == 0 && len(h.Methods) == 0 {
 		return fmt.Errorf("%s.HTTP should not be empty", prefix)
 	}
 	if err := validatePaths(prefix+".HTTP", h.PathExact, h.PathPrefix, h.PathRegex); err != nil {
