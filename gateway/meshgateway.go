@@ -74,8 +74,7 @@ func (c *Compiler) meshGateway(t *Table, s *proxycfg.Snapshot) {
 	spelled := make(map[string]string, len(s.Gateway.Services))
 	t.Clusters = make([]Cluster, 0, len(s.Gateway.Services)+len(s.Gateway.Datacenters))
 	t.Routes = make([]Route, 0, cap(t.Clusters))
-	for i := range s.Gateway.Services {
-		svc := &s.Gateway.Services[i]
+	add := func(svc *proxycfg.GatewayService) {
 		m := c.services[svc.Name]
 		if m == nil || !m.current(svc) {
 			m = compileService(svc, env)
@@ -83,7 +82,6 @@ func (c *Compiler) meshGateway(t *Table, s *proxycfg.Snapshot) {
 		memos[svc.Name] = m
 		t.Warnings = append(t.Warnings, m.warnings...)
 		for _, cl := range m.clusters {
-			// Server names have no letter case, names of services have.
 			if other, ok := spelled[cl.Name]; ok {
 				t.warn("service %s: its server name %s is that of service %s, which has it", svc.Name, cl.Name, other)
 				continue
@@ -92,6 +90,19 @@ func (c *Compiler) meshGateway(t *Table, s *proxycfg.Snapshot) {
 			t.Clusters = append(t.Clusters, cl)
 			t.Routes = append(t.Routes, Route{Match: cl.Name, Cluster: cl.Name, Origin: cl.Origin})
 		}
+	}
+	// Server names have no letter case, names of services have. Where two claim
+	// one name it is that of the service that is spelled like it.
+	var odd []*proxycfg.GatewayService
+	for i := range s.Gateway.Services {
+		if svc := &s.Gateway.Services[i]; strings.ToLower(svc.Name.Name) == svc.Name.Name {
+			add(svc)
+		} else {
+			odd = append(odd, svc)
+		}
+	}
+	for _, svc := range odd {
+		add(svc)
 	}
 	c.services = memos
 

@@ -290,8 +290,9 @@ func (w *worker) compile(ctx context.Context) {
 			v.snapshot = s.Snapshot
 			next, err := compiler.Compile(s.Snapshot)
 			if err == nil {
-				next = Carry(old.table, next)
-				err = next.Check()
+				if carried := Carry(old.table, next); carried != next {
+					next, err = carried, carried.Check()
+				}
 			}
 			switch v.err = err; {
 			case err != nil:
