@@ -194,6 +194,9 @@ func (t *Table) unmatched(name string) []string {
 	base := "internal." + strings.ToLower(t.TrustDomain)
 	rest, ok := strings.CutSuffix(name, "."+base)
 	if !ok || t.TrustDomain == "" {
+		if strings.Contains("."+name, ".server.") {
+			return []string{"the name is of a server: it is routed by a gateway with the meta consul-wan-federation, to the servers that the catalog has here, and elsewhere by the gateways of that datacenter"}
+		}
 		if strings.Contains(name, ".internal.") {
 			return []string{fmt.Sprintf("the name is of another trust domain; this one's names end in %s", base)}
 		}

@@ -128,7 +128,58 @@ func (c *Compiler) meshGateway(t *Table, s *proxycfg.Snapshot) {
 			t.warn("datacenter %s: none of its %d gateways is healthy (%s)", dc.Name, len(cl.Endpoints), why)
 		}
 	}
+	if s.Gateway.CarriesServers {
+		servers(t, s, env, keepalive)
+	}
 	t.Warnings = append(t.Warnings, conf.warnings()...)
+}
+
+// servers adds the routes of the servers' own traffic (spec mesh-gateway 4.4):
+// to any server of another datacenter through its gateways, to each of this
+// one's directly. Their health plays no part: a server that its checks call dead
+// is one that others must be able to reach to find out.
+func servers(t *Table, s *proxycfg.Snapshot, env meshEnv, keepalive *Keepalive) {
+	add := func(cl Cluster, matches ...string) {
+		for _, m := range matches {
+			t.Routes = append(t.Routes, Route{Match: m, Cluster: cl.Name, Origin: cl.Origin})
+		}
+		t.Clusters = append(t.Clusters, cl)
+	}
+	domain := cmp.Or(s.Proxy.Domain, "consul")
+	for _, dc := range s.Gateway.Datacenters {
+		name := strings.ToLower(connect.ServerSNI("", dc.Name, domain))
+		add(Cluster{
+			Name:           name,
+			Endpoints:      endpoints(dc.Gateways, dc.Name, true, false),
+			ConnectTimeout: env.connectTimeout,
+			Keepalive:      keepalive,
+			MaxConnections: env.maxConnections,
+			Origin:         Origin{Object: "mesh-gateways/" + dc.Name, Datacenter: dc.Name, Index: newest(dc.Gateways)},
+		}, name, "*."+name)
+	}
+	all := Cluster{
+		Name:           strings.ToLower(connect.ServerSNI("", t.Datacenter, domain)),
+		ConnectTimeout: env.connectTimeout,
+		MaxConnections: env.maxConnections,
+		Origin:         Origin{Object: "service/consul", Datacenter: t.Datacenter, Index: newest(s.Gateway.Servers)},
+	}
+	all.Endpoints = endpoints(s.Gateway.Servers, t.Datacenter, false, false)
+	seen := make(map[string]bool)
+	for i := range all.Endpoints {
+		e := &all.Endpoints[i]
+		e.Healthy, e.Why = true, ""
+		one := all
+		one.Name = strings.ToLower(connect.ServerSNI(e.Node, t.Datacenter, domain))
+		one.Endpoints = []Endpoint{*e}
+		if !seen[one.Name] {
+			seen[one.Name] = true
+			add(one, one.Name)
+		}
+	}
+	if len(all.Endpoints) == 0 {
+		t.warn("datacenter %s: no server is known, so that none can be reached through this gateway", t.Datacenter)
+	}
+	add(all, all.Name)
 }
 
 func seconds(n int) time.Duration { return time.Duration(max(0, n)) * time.Second }

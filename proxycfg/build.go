@@ -216,6 +216,12 @@ func (b *builder) gateway() {
 	}
 	slices.SortFunc(g.Datacenters, func(x, y GatewayDatacenter) int { return cmp.Compare(x.Name, y.Name) })
 
+	if servers, ok := b.src.(ServerSource); ok && catalog.IsWANFederation(reg) {
+		g.CarriesServers = true
+		g.Servers, f, err = servers.Servers(b.ws)
+		b.need("servers", f, err)
+	}
+
 	own, err := b.get(configentry.ServiceDefaults, reg.Service)
 	if err != nil {
 		b.need("limits", catalog.Freshness{}, err)

@@ -209,7 +209,7 @@ type proxyBox struct {
 func (t *task) set(p Proxy) {
 	old := t.proxy.Load()
 	if old.proxy.Service == p.Service && old.proxy.Node == p.Node && old.proxy.Token == p.Token &&
-		old.proxy.Datacenter == p.Datacenter && old.proxy.DefaultAllow == p.DefaultAllow || reflect.DeepEqual(old.proxy, p) {
+		old.proxy.Datacenter == p.Datacenter && old.proxy.Domain == p.Domain && old.proxy.DefaultAllow == p.DefaultAllow || reflect.DeepEqual(old.proxy, p) {
 		return
 	}
 	t.proxy.Store(&proxyBox{proxy: p, changed: make(chan struct{})})

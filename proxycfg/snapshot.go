@@ -20,7 +20,10 @@ type Proxy struct {
 	// Node is this agent's node; its address serves where the service has none.
 	Node       *catalog.Node
 	Datacenter string
-	Token      acl.Secret
+	// Domain is the agent's DNS domain, of which the servers' names are; "" means
+	// consul.
+	Domain string
+	Token  acl.Secret
 	// DefaultAllow is what a sidecar does with a client that no intention
 	// matches; the zero value refuses.
 	DefaultAllow bool
@@ -47,6 +50,11 @@ type Gateway struct {
 	Services []GatewayService
 	// Datacenters are the other datacenters that have gateways, by name.
 	Datacenters []GatewayDatacenter
+	// CarriesServers says that servers reach other datacenters' servers through
+	// this gateway (its meta has consul-wan-federation), and Servers are this
+	// datacenter's.
+	CarriesServers bool
+	Servers        []*catalog.Instance
 	// Defaults is the service-defaults entry of the gateway's own name, or nil.
 	Defaults *api.ServiceConfigEntry
 }

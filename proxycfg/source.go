@@ -50,3 +50,12 @@ type Source interface {
 	// other datacenter is asked. A datacenter with none is absent.
 	MeshGateways(ws memdb.WatchSet) (map[string][]*catalog.Instance, catalog.Freshness, error)
 }
+
+// ServerSource is implemented by sources that know this datacenter's servers.
+// Only a gateway that carries the servers' own traffic asks, and without it
+// carries none.
+type ServerSource interface {
+	// Servers returns the instances of service "consul" in this datacenter, of any
+	// health, ordered by node.
+	Servers(ws memdb.WatchSet) ([]*catalog.Instance, catalog.Freshness, error)
+}

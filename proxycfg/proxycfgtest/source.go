@@ -40,10 +40,11 @@ type Data struct {
 	// Connect is by datacenter; this one's is also what ConnectAll returns.
 	Connect  map[string]map[catalog.ServiceName][]*catalog.Instance
 	Gateways map[string][]*catalog.Instance
+	Servers  []*catalog.Instance
 	Entries  []configentry.Entry
 	Roots    *connect.Roots
 	// Faults are the errors of reads: "roots", "leaf", "intentions", "gateways",
-	// "services", "resolvers", "entry KIND NAME", "connect DC SERVICE".
+	// "services", "servers", "resolvers", "entry KIND NAME", "connect DC SERVICE".
 	Faults map[string]error
 }
 
@@ -57,7 +58,10 @@ type Source struct {
 	builds  int // reads of the roots, of which each build makes one
 }
 
-var _ proxycfg.Source = (*Source)(nil)
+var (
+	_ proxycfg.Source       = (*Source)(nil)
+	_ proxycfg.ServerSource = (*Source)(nil)
+)
 
 // New returns a source of a datacenter.
 func New(datacenter string, d Data) *Source {
@@ -199,6 +203,15 @@ func (s *Source) MeshGateways(ws memdb.WatchSet) (map[string][]*catalog.Instance
 	return d.Gateways, f, nil
 }
 
+// Servers implements [proxycfg.ServerSource].
+func (s *Source) Servers(ws memdb.WatchSet) ([]*catalog.Instance, catalog.Freshness, error) {
+	d, f, err := s.read(ws, "servers")
+	if err != nil {
+		return nil, f, err
+	}
+	return d.Servers, f, nil
+}
+
 // Case is a parsed test case.
 type Case struct {
 	Source *Source
@@ -209,7 +222,8 @@ type Case struct {
 //
 //	-- catalog --   a line per instance: DC SERVICE ID NODE NODE-ADDRESS [ADDRESS]:PORT and then
 //	                any of wan=HOST:PORT nodewan=HOST check=STATUS meta.KEY=VALUE index=N zone=REGION/ZONE
-//	                weight=N. SERVICE is a service with a sidecar, or "gateway" for a mesh gateway.
+//	                weight=N. SERVICE is a service with a sidecar, "gateway" for a mesh gateway, or
+//	                "consul" for a server.
 //	-- entries --   a JSON array of config entries
 //	-- faults --    a line per read that fails: READ: TEXT, where the texts "pending" and "denied" are those errors
 //	-- proxy --     the registration, as JSON
@@ -345,6 +359,11 @@ func (d *Data) instance(line string) error {
 		}
 	}
 	inst.Checks[0].Status = status
+	if w[1] == "consul" {
+		inst.Service.Kind, inst.Service.Service, inst.Service.Proxy = "", "consul", nil
+		d.Servers = append(d.Servers, inst)
+		return nil
+	}
 	if w[1] == "gateway" {
 		d.Gateways[w[0]] = append(d.Gateways[w[0]], inst)
 		return nil
