@@ -1,10 +1,12 @@
 package state_test
 
 import (
+	"encoding/json"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/hashicorp/consul/api"
 	"github.com/hashicorp/go-memdb"
 
 	"github.com/sluicemesh/sluice/agent/catalog"
@@ -128,5 +130,53 @@ func TestCAConfigAndState(t *testing.T) {
 	m.must(state.CAStateCommand(&connect.CAState{RootKeyPEM: "other", Serial: 1}))
 	if _, s, _ := m.store().CAState(nil); s.Serial != 6 || s.RootKeyPEM.Reveal() != "other" {
 		t.Errorf("got serial %d, key %q", s.Serial, s.RootKeyPEM.Reveal())
+	}
+}
+
+// TestSameGateways: a record compares equal after it went to the primary and
+// back, and unequal when anything but an index differs.
+func TestSameGateways(t *testing.T) {
+	m := newMachine(t)
+	m.must(node("n1"))
+	gw := gateway("gw")
+	gw.Proxy = &api.AgentServiceConnectProxyConfig{Config: map[string]any{"n": 1, "list": []any{"a"}}}
+	gw.TaggedAddresses = map[string]api.ServiceAddress{"wan": {Address: "1.2.3.4", Port: 443}}
+	m.must(node("n1", with(gw)))
+	m.must(node("n1", withCheck(&catalog.Check{
+		CheckID: "c", ServiceID: "gw", Status: "passing", Definition: api.HealthCheckDefinition{TCP: "x:1", IntervalDuration: 10e9},
+	})))
+	_, here, _ := m.store().ServicesByKind(nil, api.ServiceKindMeshGateway)
+	travelled := func() []*catalog.Instance {
+		data, err := json.Marshal(here)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var out []*catalog.Instance
+		if err := json.Unmarshal(data, &out); err != nil {
+			t.Fatal(err)
+		}
+		return out
+	}
+	same := travelled()
+	same[0].Node.ModifyIndex, same[0].Service.CreateIndex, same[0].Checks[0].ModifyIndex = 1, 2, 3
+	same[0].Service.Meta, same[0].Service.Tags, same[0].Checks[0].ServiceTags = nil, nil, nil
+	if !state.SameGateways(here, same) {
+		t.Error("the same gateways differ after a journey")
+	}
+	for what, change := range map[string]func(*catalog.Instance){
+		"address": func(i *catalog.Instance) { i.Service.TaggedAddresses["wan"] = api.ServiceAddress{Address: "1.2.3.5"} },
+		"meta":    func(i *catalog.Instance) { i.Service.Meta = map[string]string{"a": "b"} },
+		"health":  func(i *catalog.Instance) { i.Checks[0].Status = "critical" },
+		"checks":  func(i *catalog.Instance) { i.Checks = nil },
+		"node":    func(i *catalog.Instance) { i.Node.Address = "other" },
+	} {
+		other := travelled()
+		change(other[0])
+		if state.SameGateways(here, other) {
+			t.Errorf("another %s makes no difference", what)
+		}
+	}
+	if state.SameGateways(here, nil) {
+		t.Error("some and none are the same")
 	}
 }
