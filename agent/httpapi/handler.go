@@ -430,8 +430,13 @@ func (c *call) encode(v any) ([]byte, error) {
 }
 
 func (c *call) answerError(err error) {
-	if errors.Is(err, errPassedOn) || c.ctx().Err() != nil {
-		return // answered, or nobody is there to read
+	if errors.Is(err, errPassedOn) {
+		return
+	}
+	if c.ctx().Err() != nil {
+		// The client has gone, or this agent stops. An empty answer would read as
+		// success where it still arrives.
+		panic(http.ErrAbortHandler)
 	}
 	code, text, retry := answerTo(err)
 	if retry && (c.peer || c.inProcess) {

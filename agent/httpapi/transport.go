@@ -73,7 +73,10 @@ func (t *inProcess) RoundTrip(r *http.Request) (*http.Response, error) {
 	}
 	if w.code == 0 {
 		_ = body.Close()
-		return nil, w.failed
+		if err := r.Context().Err(); err != nil {
+			return nil, err
+		}
+		return nil, errAborted
 	}
 	return &http.Response{
 		Status:        fmt.Sprintf("%d %s", w.code, http.StatusText(w.code)),
@@ -106,17 +109,13 @@ func serveInto(h http.Handler, w *pipeWriter, r *http.Request) {
 			w.WriteHeader(http.StatusOK)
 			_ = w.body.Close()
 		case http.ErrAbortHandler:
-			w.fail(errAborted)
+			w.once.Do(func() { close(w.begun) })
 			_ = w.body.CloseWithError(errAborted)
 		default:
 			panic(v)
 		}
 	}()
 	h.ServeHTTP(w, r)
-	if err := r.Context().Err(); err != nil && w.code == 0 {
-		w.fail(err)
-		_ = w.body.CloseWithError(err)
-	}
 }
 
 // pipeWriter is the handler's side of an answer in process. Only the handler's
@@ -125,10 +124,9 @@ type pipeWriter struct {
 	header http.Header
 	body   *io.PipeWriter
 	once   sync.Once
-	begun  chan struct{} // closed when code and sent, or failed, are set
-	code   int
+	begun  chan struct{} // closed when the answer has begun, or never will
+	code   int           // 0 if it never will
 	sent   http.Header
-	failed error
 }
 
 func (w *pipeWriter) Header() http.Header { return w.header }
@@ -136,13 +134,6 @@ func (w *pipeWriter) Header() http.Header { return w.header }
 func (w *pipeWriter) WriteHeader(code int) {
 	w.once.Do(func() {
 		w.code, w.sent = code, w.header.Clone()
-		close(w.begun)
-	})
-}
-
-func (w *pipeWriter) fail(err error) {
-	w.once.Do(func() {
-		w.failed = err
 		close(w.begun)
 	})
 }
