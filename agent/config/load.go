@@ -30,59 +30,75 @@ func Load(o Options) (*Runtime, []Warning, error) {
 	if o.Machine == nil {
 		o.Machine = realMachine{}
 	}
-	var (
-		d      decoder
-		s      settings
-		unread bool // a source has a syntax error
-		files  = []string{"-dev"}
-		root   = reflect.ValueOf(&s).Elem()
-	)
-	source := func(file, format string, src []byte) {
-		files = append(files, file)
-		docs, err := parse(file, format, src)
-		d.problems.add(Pos{}, err)
-		unread = unread || err != nil
-		for _, doc := range docs {
-			d.decode(doc, root, "")
-		}
-	}
+	l := newLoader(o.Machine)
 	if o.Dev {
-		source("-dev", formatHCL, []byte(devOverlay))
+		l.source("-dev", formatHCL, []byte(devOverlay))
 	}
-	d.decode(o.tree(true), root, "")
+	l.tree(o.tree(true))
 	for _, path := range o.Paths {
-		for _, f := range d.expand(path, o.Format) {
+		for _, f := range l.expand(path, o.Format) {
 			src, err := os.ReadFile(f.path)
 			if err != nil {
-				d.problems = append(d.problems, Problem{Text: fmt.Sprintf("config: ReadFile failed on %s. %v", f.path, cause(err))})
+				l.problems = append(l.problems, Problem{Text: fmt.Sprintf("config: ReadFile failed on %s. %v", f.path, cause(err))})
 				continue
 			}
-			source(f.path, f.format, src)
+			l.source(f.path, f.format, src)
 		}
 	}
-	d.decode(o.tree(false), root, "")
+	l.tree(o.tree(false))
 	for i, h := range o.HCL {
 		name := "-hcl"
 		if len(o.HCL) > 1 {
 			name = fmt.Sprintf("-hcl[%d]", i)
 		}
-		source(name, formatHCL, []byte(h))
+		l.source(name, formatHCL, []byte(h))
 	}
-	b := builder{decoder: &d, s: &s, machine: o.Machine, dev: o.Dev}
-	before := len(d.problems)
+	return l.finish(o.Dev)
+}
+
+// loader collects the sources of one configuration.
+type loader struct {
+	decoder
+	machine  Machine
+	settings settings
+	files    []string // in the order in which they were read
+	unread   bool     // one of them has a syntax error
+}
+
+func newLoader(m Machine) *loader { return &loader{machine: m} }
+
+// source reads one file or fragment into the settings.
+func (l *loader) source(file, format string, src []byte) {
+	l.files = append(l.files, file)
+	docs, err := parse(file, format, src)
+	l.problems.add(Pos{}, err)
+	l.unread = l.unread || err != nil
+	for _, doc := range docs {
+		l.tree(doc)
+	}
+}
+
+func (l *loader) tree(n *node) {
+	l.decode(n, reflect.ValueOf(&l.settings).Elem(), "")
+}
+
+// finish makes the runtime configuration of what was read.
+func (l *loader) finish(dev bool) (*Runtime, []Warning, error) {
+	before := len(l.problems)
+	b := builder{decoder: &l.decoder, s: &l.settings, machine: l.machine, dev: dev}
 	rt := b.build()
-	if unread {
+	if l.unread {
 		// What is missing may be in what could not be read.
-		d.problems = append(d.problems[:before], slices.DeleteFunc(d.problems[before:], func(p Problem) bool {
+		l.problems = append(l.problems[:before], slices.DeleteFunc(l.problems[before:], func(p Problem) bool {
 			return p.Pos == Pos{}
 		})...)
 	}
-	d.warnIgnored()
-	d.problems.sort(files)
-	if err := d.problems.err(); err != nil {
-		return nil, d.warnings, err
+	l.warnIgnored()
+	l.problems.sort(l.files)
+	if err := l.problems.err(); err != nil {
+		return nil, l.warnings, err
 	}
-	return rt, d.warnings, nil
+	return rt, l.warnings, nil
 }
 
 // Validate checks the configuration that the files and directories make up, as

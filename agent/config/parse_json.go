@@ -6,19 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"sort"
 	"unicode/utf8"
 )
 
 // parseJSON reads one JSON object.
 func parseJSON(file string, src []byte) (*node, error) {
-	r := &jsonReader{file: file, src: src, dec: json.NewDecoder(bytes.NewReader(src))}
+	r := &jsonReader{file: file, src: src, dec: json.NewDecoder(bytes.NewReader(src)), pos: Pos{file, 1, 1}}
 	r.dec.UseNumber()
-	for i, b := range src {
-		if b == '\n' {
-			r.lines = append(r.lines, i)
-		}
-	}
 	n, err := r.value(0)
 	if err != nil {
 		return nil, err
@@ -34,20 +28,29 @@ func parseJSON(file string, src []byte) (*node, error) {
 }
 
 type jsonReader struct {
-	file  string
-	src   []byte
-	lines []int // offsets of newlines
-	dec   *json.Decoder
+	file string
+	src  []byte
+	dec  *json.Decoder
+	pos  Pos // of src[last]
+	last int
 }
 
+// at returns the position of an offset. Offsets are asked for in ascending order,
+// so a file of one line is counted through once.
 func (r *jsonReader) at(offset int) Pos {
 	offset = min(offset, len(r.src))
-	line := sort.SearchInts(r.lines, offset)
-	start := 0
-	if line > 0 {
-		start = r.lines[line-1] + 1
+	if offset < r.last {
+		r.last, r.pos = 0, Pos{r.file, 1, 1}
 	}
-	return Pos{r.file, line + 1, utf8.RuneCount(r.src[start:offset]) + 1}
+	for r.last < offset {
+		c, n := utf8.DecodeRune(r.src[r.last:])
+		r.last += n
+		r.pos.Column++
+		if c == '\n' {
+			r.pos.Line, r.pos.Column = r.pos.Line+1, 1
+		}
+	}
+	return r.pos
 }
 
 // next returns where the next token begins.
@@ -65,12 +68,8 @@ func (r *jsonReader) token() (json.Token, Pos, error) {
 	if err == nil {
 		return tok, at, nil
 	}
-	var se *json.SyntaxError
-	switch {
-	case errors.As(err, &se):
-		// The offset is behind the offending byte.
-		at = r.at(max(int(se.Offset)-1, 0))
-	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+	// The offset in the library's error counts from the value it was reading.
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 		at, err = r.at(len(r.src)), errors.New("unexpected end of file")
 	}
 	return nil, at, syntaxErrorf(at, "%v", err)

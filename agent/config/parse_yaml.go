@@ -1,6 +1,7 @@
 package config
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 
@@ -18,42 +19,87 @@ func parseYAML(file string, src []byte) ([]*node, error) {
 	if depth(src) > maxDepth {
 		return nil, syntaxErrorf(start, "%v", errTooDeep)
 	}
-	f, err := parser.ParseBytes(src, 0)
-	if err != nil {
-		var ye yaml.Error
-		if errors.As(err, &ye) {
-			y := yamlReader{file: file}
-			return nil, syntaxErrorf(y.at(ye.GetToken(), start), "%s", ye.GetMessage())
-		}
-		return nil, syntaxErrorf(start, "%v", err)
-	}
 	var docs []*node
-	for _, doc := range f.Docs {
-		if doc == nil || doc.Body == nil {
-			continue
-		}
-		switch doc.Body.(type) {
-		case *ast.CommentGroupNode, *ast.CommentNode, *ast.DirectiveNode:
-			continue
-		}
-		y := &yamlReader{file: file, anchors: map[string]*node{}}
-		n, err := y.value(doc.Body, start, 0)
+	line := 0
+	for _, text := range documents(src) {
+		y := &yamlReader{file: file, line: line, anchors: map[string]*node{}}
+		line += bytes.Count(text, []byte("\n"))
+		n, err := y.document(text)
 		if err != nil {
 			return nil, err
 		}
-		if n.isNull() {
-			continue
+		if n != nil {
+			docs = append(docs, n)
 		}
-		if n.kind != mapNode {
-			return nil, syntaxErrorf(n.pos, "expected keys at the top level, got %s", n.describe())
-		}
-		docs = append(docs, n)
 	}
 	return docs, nil
 }
 
+// documents splits a source before each line that begins a document. The library
+// would read several, but drops all that follow an empty one.
+func documents(src []byte) [][]byte {
+	var docs [][]byte
+	start, begun := 0, false // begun: more than comments and directives since start
+	for i := 0; i < len(src); {
+		end := bytes.IndexByte(src[i:], '\n') + i + 1
+		if end == i {
+			end = len(src)
+		}
+		line := src[i:end]
+		rest, ok := bytes.CutPrefix(line, []byte("---"))
+		if ok && (len(rest) == 0 || bytes.IndexByte([]byte(" \t\r\n"), rest[0]) >= 0) {
+			if begun {
+				docs = append(docs, src[start:i])
+				start = i
+			}
+			begun = true
+		} else if line = bytes.TrimSpace(line); len(line) > 0 && line[0] != '#' && line[0] != '%' {
+			begun = true
+		}
+		i = end
+	}
+	return append(docs, src[start:])
+}
+
+// document reads one document; nil is an empty one.
+func (y *yamlReader) document(text []byte) (*node, error) {
+	start := Pos{y.file, y.line + 1, 1}
+	f, err := parser.ParseBytes(text, 0)
+	if err != nil {
+		var ye yaml.Error
+		if errors.As(err, &ye) {
+			return nil, syntaxErrorf(y.at(ye.GetToken(), start), "%s", ye.GetMessage())
+		}
+		return nil, syntaxErrorf(start, "%v", err)
+	}
+	var doc *node
+	for _, d := range f.Docs {
+		if d == nil || d.Body == nil {
+			continue
+		}
+		switch d.Body.(type) {
+		case *ast.CommentGroupNode, *ast.CommentNode, *ast.DirectiveNode:
+			continue
+		}
+		n, err := y.value(d.Body, start, 0)
+		switch {
+		case err != nil:
+			return nil, err
+		case n.isNull():
+			continue
+		case n.kind != mapNode:
+			return nil, syntaxErrorf(n.pos, "expected keys at the top level, got %s", n.describe())
+		case doc != nil:
+			return nil, syntaxErrorf(n.pos, "expected a line \"---\" before a second document")
+		}
+		doc = n
+	}
+	return doc, nil
+}
+
 type yamlReader struct {
 	file    string
+	line    int // how many lines are before the document
 	anchors map[string]*node
 	// nodes counts what aliases stand for, not what is written.
 	nodes int
@@ -63,7 +109,7 @@ func (y *yamlReader) at(tok *token.Token, fallback Pos) Pos {
 	if tok == nil || tok.Position == nil || tok.Position.Line < 1 {
 		return fallback
 	}
-	return Pos{y.file, tok.Position.Line, max(tok.Position.Column, 1)}
+	return Pos{y.file, y.line + tok.Position.Line, max(tok.Position.Column, 1)}
 }
 
 func (y *yamlReader) value(v ast.Node, fallback Pos, depth int) (*node, error) {
