@@ -49,7 +49,7 @@ func Explain(t *Table, name string) Explanation {
 		step("the name is looked up as %q", x.Normalised)
 	}
 	var cluster *Cluster
-	if l := t.upstreamListener(name); l != nil {
+	if l := t.findUpstream(name); l != nil {
 		x.Match, x.Cluster, x.Origin = l.Name, l.Cluster, l.Origin
 		cluster = t.Cluster(l.Cluster)
 		step("upstream listener %s (from %s) leads to cluster %s", l.Name, origin(l.Origin), l.Cluster)
@@ -165,9 +165,9 @@ func origin(o Origin) string {
 // upstream returns the upstream's part of an upstream listener's name.
 func (l *Listener) upstream() string { return strings.TrimSuffix(l.Name, ":"+l.Address) }
 
-// upstreamListener finds an upstream listener by its name, its address, its
+// findUpstream finds an upstream listener by its name, its address, its
 // upstream's name, or the server name its cluster sends.
-func (t *Table) upstreamListener(name string) *Listener {
+func (t *Table) findUpstream(name string) *Listener {
 	sni := NormaliseServerName(name)
 	for i := range t.Listeners {
 		l := &t.Listeners[i]

@@ -33,7 +33,10 @@ type serviceMemo struct {
 // identity: records are never written to, so those that are the same are equal.
 // Indexes would not do, because a datacenter that was set up anew counts anew.
 func (m *serviceMemo) current(s *proxycfg.GatewayService) bool {
-	return m.service.Index == s.Index && m.service.Resolver == s.Resolver &&
+	if m.service.Index != s.Index || m.service.Resolver != s.Resolver || len(m.service.Instances) != len(s.Instances) {
+		return false
+	}
+	return len(s.Instances) > 0 && &m.service.Instances[0] == &s.Instances[0] ||
 		slices.EqualFunc(m.service.Instances, s.Instances, func(a, b *catalog.Instance) bool {
 			return a == b || a.Node == b.Node && a.Service == b.Service && slices.Equal(a.Checks, b.Checks)
 		})

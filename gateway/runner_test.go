@@ -13,6 +13,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/hashicorp/consul/api"
 	"github.com/hashicorp/go-memdb"
 
@@ -430,6 +431,35 @@ func TestRunnerLeavesOthersAlone(t *testing.T) {
 		b.set("gw1", unknown(s))
 		if b.made() != 1 {
 			t.Error("the table is gone")
+		}
+	})
+}
+
+// TestStatusUpstreams: by what way each upstream is reached, and why.
+func TestStatusUpstreams(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t, "", newFeed())
+		defer b.stop()
+		b.set("web-p", current(t, "sidecar", 1, nil))
+		var got []string
+		for _, u := range b.status().Upstreams {
+			got = append(got, fmt.Sprintf("%s at %s: %s in %s by %s of %q, mode %q from %q, %d of %d healthy",
+				u.Name, u.Listener, u.Service, u.Datacenter, u.Via, u.ViaDatacenter, u.Mode, u.ModeFrom, u.Healthy, u.Endpoints))
+		}
+		want := []string{
+			`api at 127.0.0.1:9001: api in dc1 by direct of "dc1", mode "remote" from "proxy-defaults/global", 2 of 3 healthy`,
+			`api?dc=dc2 at 127.0.0.1:9002: api in dc2 by gateway of "dc2", mode "remote" from "proxy-defaults/global", 1 of 2 healthy`,
+			`api?dc=dc2 at 127.0.0.1:9003: api in dc2 by gateway of "dc1", mode "local" from "upstream", 1 of 2 healthy`,
+			`api?dc=dc2 at [::1]:9004: api in dc2 by direct of "dc2", mode "none" from "upstream", 1 of 1 healthy`,
+			`api?dc=dc9 at /run/api.sock: api in dc9 by gateway of "dc9", mode "remote" from "proxy-defaults/global", 0 of 0 healthy`,
+			`lost at : lost in dc1 by direct of "dc1", mode "remote" from "proxy-defaults/global", 0 of 0 healthy`,
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Error(diff)
+		}
+		time.Sleep(30 * 365 * 24 * time.Hour)
+		if st := b.status(); st.State != gateway.PhaseStale || !strings.Contains(st.Reason, "certificate expired") {
+			t.Errorf("status %+v", st)
 		}
 	})
 }

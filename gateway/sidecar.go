@@ -127,6 +127,20 @@ func upstreamID(u *api.Upstream) string {
 	return u.DestinationName
 }
 
+// upstreamListener returns the name and address of an upstream's listener; the
+// address is empty where it has none.
+func upstreamListener(u *api.Upstream) Listener {
+	l := Listener{Network: "tcp", Mode: ListenUpstream}
+	switch {
+	case u.LocalBindSocketPath != "":
+		l.Network, l.Address, l.SocketMode = "unix", u.LocalBindSocketPath, u.LocalBindSocketMode
+	case u.LocalBindPort > 0:
+		l.Address = hostPort(cmp.Or(u.LocalBindAddress, "127.0.0.1"), u.LocalBindPort)
+	}
+	l.Name = upstreamID(u) + ":" + l.Address
+	return l
+}
+
 // upstream adds the listener and the clusters of one upstream.
 func upstream(t *Table, s *proxycfg.Snapshot, u *proxycfg.Upstream, own Origin, bound map[string]string) {
 	id := upstreamID(&u.Config)
@@ -137,19 +151,12 @@ func upstream(t *Table, s *proxycfg.Snapshot, u *proxycfg.Upstream, own Origin, 
 		t.warn("upstream %s: %s", id, u.Err)
 		return
 	}
-	l := Listener{Network: "tcp", Mode: ListenUpstream, Origin: own}
-	switch {
-	case u.Config.LocalBindSocketPath != "":
-		l.Network, l.Address, l.SocketMode = "unix", u.Config.LocalBindSocketPath, u.Config.LocalBindSocketMode
-	case u.Config.LocalBindPort > 0:
-		l.Address = hostPort(cmp.Or(u.Config.LocalBindAddress, "127.0.0.1"), u.Config.LocalBindPort)
-	case u.Config.CentrallyConfigured:
-		return // it is for transparent proxies, and carries only defaults here
-	default:
+	l := upstreamListener(&u.Config)
+	if l.Address == "" {
 		t.warn("upstream %s: it has neither a port nor a socket to be reached by", id)
 		return
 	}
-	l.Name = id + ":" + l.Address
+	l.Origin = own
 	if other, ok := bound[l.Network+" "+l.Address]; ok {
 		t.warn("upstream %s: its address %s is that of %s, which has it", id, l.Address, other)
 		return

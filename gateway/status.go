@@ -155,10 +155,10 @@ func joinReasons(a, b string) string {
 // snapshot, and says of modes only what its origins do.
 func upstreams(v *view) []UpstreamStatus {
 	var out []UpstreamStatus
-	cluster := func(st *UpstreamStatus, id string) {
+	cluster := func(st *UpstreamStatus, listener string) {
 		for i := range v.table.Listeners {
 			l := &v.table.Listeners[i]
-			if l.Mode != ListenUpstream || l.upstream() != id {
+			if l.Mode != ListenUpstream || l.Name != listener {
 				continue
 			}
 			st.Listener = l.Address
@@ -178,7 +178,7 @@ func upstreams(v *view) []UpstreamStatus {
 		for i := range v.table.Listeners {
 			if l := &v.table.Listeners[i]; l.Mode == ListenUpstream {
 				st := UpstreamStatus{Name: l.upstream()}
-				cluster(&st, st.Name)
+				cluster(&st, l.Name)
 				out = append(out, st)
 			}
 		}
@@ -204,7 +204,7 @@ func upstreams(v *view) []UpstreamStatus {
 			}
 			st.Failovers = append(st.Failovers, t.Service.String()+" in "+t.Datacenter)
 		}
-		cluster(&st, st.Name)
+		cluster(&st, upstreamListener(&u.Config).Name)
 		out = append(out, st)
 	}
 	return out
