@@ -46,6 +46,10 @@ type RunnerConfig struct {
 	KeepDir string
 	// SaveEvery is the least time between two writes of one table; 0 means 1 s.
 	SaveEvery time.Duration
+	// ForgetAfter is how long after the start a kept table is deleted whose proxy
+	// has not been registered: it went while the agent was down, and its private
+	// key should not stay for good. 0 means 10 min.
+	ForgetAfter time.Duration
 	// RetryMin and RetryMax bound the delay before a data plane that ended is
 	// started again; 0 means 500 ms and 30 s.
 	RetryMin, RetryMax time.Duration
@@ -68,6 +72,7 @@ type Runner struct {
 func NewRunner(c RunnerConfig) (*Runner, error) {
 	c.DataPlane = cmp.Or(c.DataPlane, DataPlaneBuiltin)
 	c.SaveEvery = cmp.Or(c.SaveEvery, time.Second)
+	c.ForgetAfter = cmp.Or(c.ForgetAfter, 10*time.Minute)
 	c.RetryMin = cmp.Or(c.RetryMin, 500*time.Millisecond)
 	c.RetryMax = cmp.Or(c.RetryMax, 30*time.Second)
 	if c.Logger == nil {
@@ -85,7 +90,7 @@ func NewRunner(c RunnerConfig) (*Runner, error) {
 
 // Run keeps data planes running until ctx ends, and returns nil when all of them
 // have ended and every table is on disk. A kept table is deleted when its proxy
-// goes, never because no proxy of that name is registered (yet).
+// goes; one whose proxy is not registered (yet) is left for a while.
 func (r *Runner) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup
@@ -99,9 +104,19 @@ func (r *Runner) Run(ctx context.Context) error {
 			r.logger.Warn("some kept tables are not used", "error", err)
 		}
 	}
+	forget := make(chan struct{})
+	timer := time.AfterFunc(r.conf.ForgetAfter, func() { close(forget) })
+	defer timer.Stop()
 	for {
 		ws := memdb.NewWatchSet()
 		states := r.conf.Latest(ws)
+		select {
+		case <-forget:
+			r.forget(kept, states)
+			kept = nil
+		default:
+			ws.Add(forget)
+		}
 		for id, w := range r.all() {
 			if states[id] != nil {
 				continue
@@ -133,6 +148,19 @@ func (r *Runner) Run(ctx context.Context) error {
 		}
 		if err := ws.WatchCtx(ctx); err != nil {
 			return nil
+		}
+	}
+}
+
+// forget deletes the kept tables of proxies that are not registered.
+func (r *Runner) forget(kept map[string]Kept, states map[string]*proxycfg.State) {
+	for id := range kept {
+		if states[id] != nil {
+			continue
+		}
+		r.logger.Info("kept table of an unregistered proxy deleted", "proxy_id", id)
+		if err := r.keep.Delete(id); err != nil {
+			r.logger.Warn("kept table not deleted", "proxy_id", id, "error", err)
 		}
 	}
 }

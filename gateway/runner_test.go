@@ -413,24 +413,36 @@ func TestRunnerRemovesProxy(t *testing.T) {
 	})
 }
 
-// TestRunnerLeavesOthersAlone: a kept table whose proxy is not registered is
-// neither served nor deleted.
-func TestRunnerLeavesOthersAlone(t *testing.T) {
+// TestRunnerUnregistered: a kept table whose proxy is not registered is not
+// served, and not deleted at once, because the registration may come.
+func TestRunnerUnregistered(t *testing.T) {
 	dir := t.TempDir()
 	synctest.Test(t, func(t *testing.T) {
 		s := current(t, "gateway", 1, nil)
+		other := current(t, "sidecar", 1, nil)
 		b := newBench(t, dir, newFeed())
 		b.set("gw1", s)
+		b.set("web-p", other)
 		b.stop()
-		f := newFeed()
-		b = newBench(t, dir, f)
+		b = newBench(t, dir, newFeed())
 		defer b.stop()
 		if b.made() != 0 {
 			t.Error("the table of a stranger is served")
 		}
+		time.Sleep(9 * time.Minute)
 		b.set("gw1", unknown(s))
 		if b.made() != 1 {
 			t.Error("the table is gone")
+		}
+		time.Sleep(2 * time.Minute)
+		synctest.Wait()
+		left, err := gateway.OpenKeep(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		tables, err := left.Load()
+		if err != nil || len(tables) != 1 || tables["gw1"].Table == nil {
+			t.Errorf("tables on disk %v, %v", tables, err)
 		}
 	})
 }
