@@ -148,7 +148,8 @@ type TLSEndpoint struct {
 	VerifyIncoming                    bool
 	VerifyOutgoing                    bool
 	VerifyServerHostname              bool
-	UseAutoCert                       bool
+	// UseAutoCert is of GRPC alone: it serves the agent's own certificate of the mesh.
+	UseAutoCert bool
 }
 
 // ACL holds the agent's own tokens.

@@ -190,17 +190,26 @@ func (d *decoder) checkTimes(c *api.AgentServiceCheck, path string) (ok bool) {
 // checks turns the checks of the files into definitions and checks them.
 func (d *decoder) checks(all []checkSettings) []Check {
 	var out []Check
+	first := map[string]Pos{}
 	for i, c := range all {
 		path := fmt.Sprintf("checks[%d]", i)
 		timed := d.checkTimes(&all[i].AgentServiceCheck, path)
+		if c.CheckID == "" {
+			c.CheckID = c.Name
+		}
+		if at, again := first[c.CheckID]; again && c.CheckID != "" {
+			d.problems = append(d.problems, Problem{Pos: c.At, Path: path, Text: fmt.Sprintf("check ID %q is defined already at %s", c.CheckID, at)})
+		} else {
+			first[c.CheckID] = c.At
+		}
 		out = append(out, Check{Definition: c.AgentServiceCheck, ServiceID: c.ServiceID, Token: c.Token, Source: c.At})
 		if d.broken[path] || !timed {
 			continue
 		}
 		if err := catalog.ValidateCheck(c.AgentServiceCheck); err != nil {
-			d.problems = append(d.problems, Problem{Pos: c.At, Text: fmt.Sprintf("check %q: %v", cmp.Or(c.Name, c.CheckID), err)})
+			d.problems = append(d.problems, Problem{Pos: c.At, Text: fmt.Sprintf("check %q: %v", c.CheckID, err)})
 		}
-		if c.Name == "" && c.CheckID == "" {
+		if c.CheckID == "" {
 			d.problems = append(d.problems, Problem{Pos: c.At, Path: path, Text: "a check needs a name or an id"})
 		}
 	}

@@ -55,7 +55,7 @@ type settings struct {
 	LegacyAgentMaster *secret   `config:"acl_agent_master_token" deprecated:"acl.tokens.agent_recovery"`
 	LegacyACLPolicy   *string   `config:"acl_default_policy" deprecated:"acl.default_policy"`
 
-	Ignored ignored `config:"version,version_prerelease,version_metadata,revision,build_date,disable_update_check,disable_anonymous_signature,experiments,segments,segment,audit,peering,autopilot,dns_config,recursors,recursor,watches,raft_protocol,raft_logstore,raft_snapshot_threshold,raft_snapshot_interval,raft_trailing_logs,raft_boltdb,reporting,cloud,license_path,xds,use_streaming_backend,rpc,cache,gossip_lan,gossip_wan,protocol,read_replica,non_voting_server,disable_remote_exec,disable_coordinates,disable_keyring_file,disable_http_unprintable_char_filter,disable_host_node_id,session_ttl_min,sync_coordinate_interval_min,sync_coordinate_rate_target,snapshot_agent,acl_ttl,acl_down_policy,acl_enable_key_list_policy,acl_enforce_version_8,enable_acl_replication,enable_agent_tls_for_checks,ui_content_path,ui_dir,advertise_reconnect_timeout,server_rejoin_age_max,auto_reload_config"`
+	Ignored ignored `config:"version,version_prerelease,version_metadata,revision,build_date,disable_update_check,disable_anonymous_signature,experiments,segments,segment,audit,peering,autopilot,dns_config,recursors,recursor,watches,raft_protocol,raft_logstore,raft_snapshot_threshold,raft_snapshot_interval,raft_trailing_logs,raft_boltdb,reporting,cloud,license_path,sentinel,xds,use_streaming_backend,rpc,cache,gossip_lan,gossip_wan,protocol,read_replica,non_voting_server,disable_remote_exec,disable_coordinates,disable_keyring_file,disable_http_unprintable_char_filter,disable_host_node_id,session_ttl_min,sync_coordinate_interval_min,sync_coordinate_rate_target,snapshot_agent,acl_ttl,acl_down_policy,acl_enable_key_list_policy,acl_enforce_version_8,enable_acl_replication,enable_agent_tls_for_checks,ui_content_path,ui_dir,advertise_reconnect_timeout,server_rejoin_age_max,auto_reload_config"`
 }
 
 type (
@@ -167,7 +167,12 @@ type tlsSettings struct {
 	Defaults    tlsBlock `config:"defaults"`
 	InternalRPC tlsBlock `config:"internal_rpc"`
 	HTTPS       tlsBlock `config:"https"`
-	GRPC        tlsBlock `config:"grpc"`
+	GRPC        tlsGRPC  `config:"grpc"`
+}
+
+type tlsGRPC struct {
+	tlsBlock
+	UseAutoCert *bool `config:"use_auto_cert"`
 }
 
 type tlsBlock struct {
@@ -180,7 +185,6 @@ type tlsBlock struct {
 	VerifyIncoming       *bool   `config:"verify_incoming"`
 	VerifyOutgoing       *bool   `config:"verify_outgoing"`
 	VerifyServerHostname *bool   `config:"verify_server_hostname"`
-	UseAutoCert          *bool   `config:"use_auto_cert"`
 }
 
 type logSettings struct {
