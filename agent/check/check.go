@@ -28,6 +28,10 @@ const (
 // MaxOutput bounds the output kept of a check, in bytes.
 const MaxOutput = 4096
 
+// firstWait is the time within which a check runs first, and from which the time
+// between its runs doubles until it has passed once.
+const firstWait = 250 * time.Millisecond
+
 // minInterval is the shortest interval at which a check runs.
 const minInterval = time.Second
 
@@ -184,9 +188,12 @@ func (s *Scheduler) periodic(id string, def catalog.CheckDefinition, p prober) f
 	}
 	return func(ctx context.Context, _ *task) {
 		defer p.close()
-		// The first result decides whether a new instance is used at all: it comes
-		// within a second, not somewhere in the interval.
-		timer := time.NewTimer(s.cfg.Jitter(min(interval, minInterval)))
+		// The first good result decides whether a new instance is used at all. It is
+		// looked for soon, and soon again while there is none, more rarely each time:
+		// what is checked may be starting just now.
+		wait := firstWait
+		passed := false
+		timer := time.NewTimer(s.cfg.Jitter(min(interval, firstWait)))
 		defer timer.Stop()
 		for {
 			select {
@@ -206,7 +213,12 @@ func (s *Scheduler) periodic(id string, def catalog.CheckDefinition, p prober) f
 			if status, ok := count.add(status); ok {
 				s.cfg.Update(id, status, output)
 			}
-			timer.Reset(interval)
+			if passed = passed || status == Passing; passed {
+				timer.Reset(interval)
+				continue
+			}
+			timer.Reset(min(wait, interval))
+			wait *= 2
 		}
 	}
 }

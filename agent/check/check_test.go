@@ -135,3 +135,41 @@ func TestSet(t *testing.T) {
 	cancel()
 	s.Wait()
 }
+
+// TestStarting sees a service as soon as it is up, and not an interval later.
+func TestStarting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		start := time.Now()
+		passed := make(chan time.Duration, 100)
+		var ran []time.Duration
+		s := New(Config{Update: func(_, status, _ string) {
+			if status == Passing {
+				passed <- time.Since(start)
+			}
+		}, Jitter: func(time.Duration) time.Duration { return 0 }})
+		p := probeFunc(func() string {
+			ran = append(ran, time.Since(start))
+			if time.Since(start) < 3*time.Second {
+				return Critical
+			}
+			return Passing
+		})
+		ctx, cancel := context.WithCancel(t.Context())
+		s.wg.Go(func() { s.periodic("a", catalog.CheckDefinition{Interval: "1m"}, p)(ctx, nil) })
+		if at := <-passed; at > 4*time.Second {
+			t.Errorf("seen only after %v", at)
+		}
+		time.Sleep(10 * time.Minute)
+		cancel()
+		s.Wait()
+		if n := len(ran); n < 14 || n > 16 { // five on the way, then one a minute
+			t.Errorf("ran %d times: %v", n, ran)
+		}
+	})
+}
+
+type probeFunc func() string
+
+func (f probeFunc) probe(context.Context) (string, string) { return f(), "" }
+
+func (probeFunc) close() {}

@@ -1,0 +1,78 @@
+package agent
+
+import (
+	"fmt"
+	"net/http"
+	"time"
+
+	"github.com/armon/go-metrics"
+	armonprom "github.com/armon/go-metrics/prometheus"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/sluicemesh/sluice/agent/config"
+)
+
+// telemetry is where metrics go: to memory for the API, and to Prometheus and
+// statsd where they are configured. Raft, serf and memberlist report to the
+// global sink of go-metrics, so that is the one sink of all.
+type telemetry struct {
+	memory   *metrics.InmemSink
+	registry *prometheus.Registry // nil where it is off
+	global   *metrics.Metrics
+}
+
+func newTelemetry(rt *config.Runtime) (*telemetry, error) {
+	const interval, retain = 10 * time.Second, time.Minute
+	t := &telemetry{memory: metrics.NewInmemSink(interval, retain)}
+	sinks := metrics.FanoutSink{t.memory}
+	c := rt.Telemetry
+	if c.PrometheusRetention > 0 {
+		t.registry = prometheus.NewRegistry()
+		s, err := armonprom.NewPrometheusSinkFrom(armonprom.PrometheusOpts{Expiration: c.PrometheusRetention, Registerer: t.registry})
+		if err != nil {
+			return nil, fmt.Errorf("open telemetry: %w", err)
+		}
+		sinks = append(sinks, s)
+	}
+	if c.StatsdAddr != "" {
+		s, err := metrics.NewStatsdSink(c.StatsdAddr)
+		if err != nil {
+			return nil, fmt.Errorf("open telemetry.statsd_address: %w", err)
+		}
+		sinks = append(sinks, s)
+	}
+	if c.StatsiteAddr != "" {
+		s, err := metrics.NewStatsiteSink(c.StatsiteAddr)
+		if err != nil {
+			return nil, fmt.Errorf("open telemetry.statsite_address: %w", err)
+		}
+		sinks = append(sinks, s)
+	}
+	conf := metrics.DefaultConfig(c.Prefix)
+	conf.EnableHostname = !c.DisableHostname
+	conf.EnableRuntimeMetrics = false // one agent's goroutine for it could never be stopped
+	conf.AllowedPrefixes, conf.BlockedPrefixes, conf.FilterDefault = c.AllowedPrefixes, c.BlockedPrefixes, c.FilterDefault
+	conf.HostName = rt.Node.Name
+	global, err := metrics.NewGlobal(conf, sinks)
+	if err != nil {
+		return nil, fmt.Errorf("open telemetry: %w", err)
+	}
+	t.global = global
+	return t, nil
+}
+
+// display serves /v1/agent/metrics.
+func (t *telemetry) display(w http.ResponseWriter, r *http.Request) (any, error) {
+	return t.memory.DisplayMetrics(w, r)
+}
+
+// prometheus serves the same in Prometheus' format; nil where it is off.
+func (t *telemetry) prometheus() http.Handler {
+	if t.registry == nil {
+		return nil
+	}
+	return promhttp.HandlerFor(t.registry, promhttp.HandlerOpts{})
+}
+
+func (t *telemetry) close() { t.global.Shutdown() }

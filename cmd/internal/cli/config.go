@@ -1,0 +1,190 @@
+package cli
+
+import (
+	"encoding/json"
+	"flag"
+	"fmt"
+	"path/filepath"
+	"strings"
+
+	"github.com/sluicemesh/sluice/agent/config"
+)
+
+func (e *env) configCommands() []*command {
+	var kind, name, filename string
+	var cas bool
+	var index uint64
+	selectors := func(fs *flag.FlagSet) {
+		fs.StringVar(&kind, "kind", "", "`kind` of the entry, such as proxy-defaults")
+		fs.StringVar(&name, "name", "", "`name` of the entry")
+	}
+	return []*command{
+		{
+			name: "config write", args: "FILE", http: true, synopsis: "Write configuration entries",
+			help: "Writes the configuration entries of a file (.hcl, .json, .yaml or .yml), or of\nstandard input for -.",
+			flags: func(fs *flag.FlagSet) {
+				fs.BoolVar(&cas, "cas", false, "write only if the entry is as it was at -modify-index")
+				fs.Uint64Var(&index, "modify-index", 0, "`index` that -cas compares with; 0 is no entry")
+			},
+			run: func(c *call) error {
+				if len(c.args) != 1 {
+					return usage("name one file, or - for standard input")
+				}
+				client, err := c.client()
+				if err != nil {
+					return err
+				}
+				b, err := c.readFile(c.args[0])
+				if err != nil {
+					return err
+				}
+				entries, err := config.ParseEntries(entryFileName(c.args[0], b), b)
+				if err != nil {
+					return err
+				}
+				for _, e := range entries {
+					if cas {
+						ok, _, err := client.ConfigEntries().CAS(e, index, nil)
+						if err != nil {
+							return fmt.Errorf("write %s/%s: %w", e.GetKind(), e.GetName(), err)
+						}
+						if !ok {
+							return fmt.Errorf("write %s/%s: it is not as it was at index %d", e.GetKind(), e.GetName(), index)
+						}
+					} else if _, _, err := client.ConfigEntries().Set(e, nil); err != nil {
+						return fmt.Errorf("write %s/%s: %w", e.GetKind(), e.GetName(), err)
+					}
+					fmt.Fprintf(c.out, "Config entry written: %s/%s\n", e.GetKind(), e.GetName())
+				}
+				return nil
+			},
+		},
+		{
+			name: "config read", http: true, synopsis: "Print a configuration entry", flags: selectors,
+			run: func(c *call) error {
+				if err := c.noArgs(); err != nil {
+					return err
+				}
+				if kind == "" || name == "" {
+					return usage("-kind and -name say which entry")
+				}
+				client, err := c.client()
+				if err != nil {
+					return err
+				}
+				e, _, err := client.ConfigEntries().Get(kind, name, c.query())
+				if err != nil {
+					return fmt.Errorf("read %s/%s: %w", kind, name, err)
+				}
+				b, err := json.MarshalIndent(e, "", "    ")
+				if err != nil {
+					return err
+				}
+				fmt.Fprintln(c.out, string(b))
+				return nil
+			},
+		},
+		{
+			name: "config list", http: true, synopsis: "List the configuration entries of a kind",
+			flags: func(fs *flag.FlagSet) { fs.StringVar(&kind, "kind", "", "`kind` of the entries") },
+			run: func(c *call) error {
+				if err := c.noArgs(); err != nil {
+					return err
+				}
+				if kind == "" {
+					return usage("-kind says which entries")
+				}
+				client, err := c.client()
+				if err != nil {
+					return err
+				}
+				list, _, err := client.ConfigEntries().List(kind, c.query())
+				if err != nil {
+					return fmt.Errorf("list %s: %w", kind, err)
+				}
+				for _, e := range list {
+					fmt.Fprintln(c.out, e.GetName())
+				}
+				return nil
+			},
+		},
+		{
+			name: "config delete", http: true, synopsis: "Delete a configuration entry",
+			flags: func(fs *flag.FlagSet) {
+				selectors(fs)
+				fs.StringVar(&filename, "filename", "", "delete the entries of this `file`")
+				fs.BoolVar(&cas, "cas", false, "delete only if the entry is as it was at -modify-index")
+				fs.Uint64Var(&index, "modify-index", 0, "`index` that -cas compares with")
+			},
+			run: func(c *call) error {
+				if err := c.noArgs(); err != nil {
+					return err
+				}
+				client, err := c.client()
+				if err != nil {
+					return err
+				}
+				type key struct{ kind, name string }
+				keys := []key{{kind, name}}
+				switch {
+				case filename != "" && kind+name != "":
+					return usage("give either -filename, or -kind and -name")
+				case filename != "":
+					b, err := c.readFile(filename)
+					if err != nil {
+						return err
+					}
+					entries, err := config.ParseEntries(entryFileName(filename, b), b)
+					if err != nil {
+						return err
+					}
+					keys = nil
+					for _, e := range entries {
+						keys = append(keys, key{e.GetKind(), e.GetName()})
+					}
+				case kind == "" || name == "":
+					return usage("-kind and -name say which entry")
+				}
+				for _, k := range keys {
+					if cas {
+						ok, _, err := client.ConfigEntries().DeleteCAS(k.kind, k.name, index, nil)
+						if err != nil {
+							return fmt.Errorf("delete %s/%s: %w", k.kind, k.name, err)
+						}
+						if !ok {
+							return fmt.Errorf("delete %s/%s: it is not as it was at index %d", k.kind, k.name, index)
+						}
+					} else if _, err := client.ConfigEntries().Delete(k.kind, k.name, nil); err != nil {
+						return fmt.Errorf("delete %s/%s: %w", k.kind, k.name, err)
+					}
+					fmt.Fprintf(c.out, "Config entry deleted: %s/%s\n", k.kind, k.name)
+				}
+				return nil
+			},
+		},
+	}
+}
+
+// entryFileName returns a name whose extension tells the format: for standard
+// input, and files without one, the text itself has to.
+func entryFileName(name string, b []byte) string {
+	if name != "-" && filepath.Ext(name) != "" {
+		return name
+	}
+	if name == "-" {
+		name = "stdin"
+	}
+	for line := range strings.Lines(string(b)) {
+		line = strings.TrimSpace(line)
+		switch {
+		case line == "" || strings.HasPrefix(line, "#") || strings.HasPrefix(line, "//"):
+			continue
+		case strings.HasPrefix(line, "{"):
+			return name + ".json"
+		case line == "---" || strings.Contains(strings.SplitN(line, "=", 2)[0], ":"):
+			return name + ".yaml"
+		}
+		break
+	}
+	return name + ".hcl"
+}
