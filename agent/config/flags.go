@@ -32,8 +32,8 @@ type Options struct {
 type Machine interface {
 	// Hostname is the node's name where none is configured.
 	Hostname() (string, error)
-	// PrivateIPv4 returns the private addresses of the interface with the default
-	// route, separated by spaces.
+	// PrivateIPv4 returns the private addresses of all interfaces that are up,
+	// separated by spaces.
 	PrivateIPv4() (string, error)
 	// PublicIPv6 does so for an agent that binds to all addresses of IPv6.
 	PublicIPv6() (string, error)

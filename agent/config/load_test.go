@@ -348,8 +348,36 @@ func TestDirectory(t *testing.T) {
 	if rt, _, err = load(t, "-dev", "-config-format=json", "-config-file=x.conf"); err != nil || rt.Node.Datacenter != "three" {
 		t.Errorf("with a format: %v, %v", rt, err)
 	}
+	// Validate asks the real machine, which need not have an address of its own.
+	if err := os.WriteFile("d/bind.hcl", []byte(`bind_addr = "127.0.0.1"`), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	if err := Validate([]string{"d"}); err == nil || err.Error() != "data_dir cannot be empty" {
 		t.Errorf("validate: %v, want that data_dir is missing", err)
+	}
+	if err := os.WriteFile("d/data.yaml", []byte("data_dir: data\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := Validate([]string{"d"}); err != nil {
+		t.Errorf("validate: %v", err)
+	}
+	if _, err := os.Stat("data"); !os.IsNotExist(err) {
+		t.Errorf("data directory: %v, want that validating makes none", err)
+	}
+}
+
+// TestGuess reads an entry from a source without a name that tells its format.
+func TestGuess(t *testing.T) {
+	for _, src := range []string{
+		`{"Kind": "proxy-defaults", "Name": "global"}`,
+		"Kind = \"proxy-defaults\"\nName = \"global\"\nMeshGateway {\n  Mode = \"local\"\n}\n",
+		"# comment\nkind: proxy-defaults\nname: global\n",
+		"---\nkind: proxy-defaults\n",
+	} {
+		entries, err := ParseEntries("-", []byte(src))
+		if err != nil || len(entries) != 1 || entries[0].GetKind() != "proxy-defaults" {
+			t.Errorf("%q: %v, %v", src, entries, err)
+		}
 	}
 }
 

@@ -10,14 +10,15 @@ import (
 	"regexp"
 	"strings"
 
-	"github.com/hashicorp/go-sockaddr"
 	"github.com/hashicorp/go-sockaddr/template"
 )
 
 type realMachine struct{}
 
-func (realMachine) Hostname() (string, error)    { return os.Hostname() }
-func (realMachine) PrivateIPv4() (string, error) { return sockaddr.GetPrivateIPs() }
+func (realMachine) Hostname() (string, error) { return os.Hostname() }
+func (realMachine) PrivateIPv4() (string, error) {
+	return template.Parse(`{{ GetPrivateInterfaces | include "type" "ipv4" | join "address" " " }}`)
+}
 func (realMachine) PublicIPv6() (string, error) {
 	return template.Parse(`{{ GetPublicInterfaces | include "type" "ipv6" | join "address" " " }}`)
 }

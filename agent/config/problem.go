@@ -84,16 +84,29 @@ func (p *Problems) add(at Pos, err error) {
 	case err == nil:
 	case errors.As(err, &se):
 		*p = append(*p, Problem{Pos: se.pos, Text: "syntax error: " + se.msg})
-	case errors.As(err, &multi) && fmt.Sprint(multi) == err.Error():
-		for _, e := range multi.WrappedErrors() {
-			p.add(at, e)
-		}
-	case errors.As(err, &joined) && fmt.Sprint(joined) == err.Error():
-		for _, e := range joined.Unwrap() {
-			p.add(at, e)
-		}
+	case errors.As(err, &multi):
+		p.addAll(at, err, fmt.Sprint(multi), multi.WrappedErrors())
+	case errors.As(err, &joined):
+		p.addAll(at, err, fmt.Sprint(joined), joined.Unwrap())
 	default:
 		*p = append(*p, Problem{Pos: at, Text: err.Error()})
+	}
+}
+
+// addAll adds the parts of an error, each behind what the error has before them.
+func (p *Problems) addAll(at Pos, err error, text string, parts []error) {
+	prefix, ok := strings.CutSuffix(err.Error(), text)
+	if !ok {
+		*p = append(*p, Problem{Pos: at, Text: strings.TrimSpace(err.Error())})
+		return
+	}
+	for _, e := range parts {
+		var each Problems
+		each.add(at, e)
+		for _, x := range each {
+			x.Text = prefix + x.Text
+			*p = append(*p, x)
+		}
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"os"
 	"reflect"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/hashicorp/consul/api"
@@ -115,30 +116,31 @@ func (d *decoder) definition(s *serviceSettings, path string) catalog.Definition
 			def.Weights.Warning = *s.Weights.Warning
 		}
 	}
-	for _, checks := range [][]checkSettings{s.Check, s.Checks} {
-		list := ".check"
-		if len(checks) > 0 && len(s.Checks) > 0 && &checks[0] == &s.Checks[0] {
-			list = ".checks"
-		}
-		for i := range checks {
-			if !d.checkTimes(&checks[i].AgentServiceCheck, fmt.Sprintf("%s%s[%d]", path, list, i)) {
-				d.breaks(path)
-			}
+	for _, x := range []struct {
+		key    string
+		checks []checkSettings
+	}{{"check", s.Check}, {"checks", s.Checks}} {
+		for i := range x.checks {
+			d.serviceCheck(&def, &x.checks[i], fmt.Sprintf("%s.%s[%d]", path, x.key, i))
 		}
 	}
-	for _, c := range append(s.Check, s.Checks...) {
-		check := c.AgentServiceCheck
-		if c.ServiceID != "" || c.Token != "" {
-			d.problems = append(d.problems, Problem{Pos: c.At, Path: path, Text: "a check within a service has no service_id or token of its own"})
-		}
-		def.Checks = append(def.Checks, &check)
+	d.port(s.Port, path+".port")
+	for _, name := range sortedKeys(s.TaggedAddresses) {
+		d.port(s.TaggedAddresses[name].Port, path+".tagged_addresses."+name+".port")
 	}
 	if p := s.Proxy; p != nil {
+		d.port(p.LocalServicePort, path+".proxy.local_service_port")
+		for i, e := range p.Expose.Paths {
+			d.port(e.ListenerPort, fmt.Sprintf("%s.proxy.expose.paths[%d].listener_port", path, i))
+			d.port(e.LocalPathPort, fmt.Sprintf("%s.proxy.expose.paths[%d].local_path_port", path, i))
+		}
 		d.mode(p.MeshGateway.Mode, path+".proxy.mesh_gateway.mode")
 		for i, u := range p.Upstreams {
+			d.port(u.LocalBindPort, fmt.Sprintf("%s.proxy.upstreams[%d].local_bind_port", path, i))
 			d.mode(u.MeshGateway.Mode, fmt.Sprintf("%s.proxy.upstreams[%d].mesh_gateway.mode", path, i))
 		}
-		if s.Kind == "" && path[len(path)-1] == ']' {
+		// The block of a sidecar need not say its kind.
+		if s.Kind == "" && !strings.HasSuffix(path, ".sidecar_service") {
 			d.warnings = append(d.warnings, Warning{d.at(path + ".proxy"), fmt.Sprintf("service %q: proxy has no effect without kind = \"connect-proxy\"", s.Name)})
 		}
 	}
@@ -151,6 +153,25 @@ func (d *decoder) definition(s *serviceSettings, path string) catalog.Definition
 		}
 	}
 	return def
+}
+
+// serviceCheck adds a check to the definition it is written in.
+func (d *decoder) serviceCheck(def *catalog.Definition, c *checkSettings, path string) {
+	if !d.checkTimes(&c.AgentServiceCheck, path) {
+		d.breaks(path)
+	}
+	if c.ServiceID != "" || c.Token != "" {
+		d.problems = append(d.problems, Problem{Pos: c.At, Path: path, Text: "a check within a service has no service_id or token of its own"})
+	}
+	def.Checks = append(def.Checks, &c.AgentServiceCheck)
+}
+
+// port checks a port; 0 is one that is not set.
+func (d *decoder) port(port int, path string) {
+	if port < 0 || port > 65535 {
+		d.problems = append(d.problems, Problem{Pos: d.at(path), Path: path, Value: strconv.Itoa(port), Text: "expected a port, at most 65535"})
+		d.breaks(path)
+	}
 }
 
 // mode checks the mode of a mesh gateway.
