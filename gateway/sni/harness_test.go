@@ -24,7 +24,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // onEngines runs a test with each engine of this system.
 func onEngines(t *testing.T, test func(t *testing.T, engine string)) {
-	for _, engine := range []string{EngineNetpoll} {
+	for _, engine := range []string{EngineNetpoll, EngineEpoll} {
 		t.Run(engine, func(t *testing.T) {
 			if engine == EngineEpoll && runtime.GOOS != "linux" {
 				t.Skip("epoll needs Linux")
