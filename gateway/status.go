@@ -42,7 +42,7 @@ type ProxyStatus struct {
 	// was. Zero without a table.
 	TableIndex uint64
 	TableAsOf  time.Time
-	Age        time.Duration
+	Age        Duration
 	Stale      bool
 	// FromDisk says that the table is the last known good of an earlier run.
 	FromDisk bool `json:",omitempty"`
@@ -51,6 +51,21 @@ type ProxyStatus struct {
 	// Plane is what the data plane says; nil while none runs.
 	Plane     *Status          `json:",omitempty"`
 	Upstreams []UpstreamStatus `json:",omitempty"`
+}
+
+// Duration is a [time.Duration] that people read: it encodes as "1.25s".
+type Duration time.Duration
+
+// MarshalText implements [encoding.TextMarshaler].
+func (d Duration) MarshalText() ([]byte, error) {
+	return []byte(time.Duration(d).Round(time.Millisecond).String()), nil
+}
+
+// UnmarshalText implements [encoding.TextUnmarshaler].
+func (d *Duration) UnmarshalText(b []byte) error {
+	v, err := time.ParseDuration(string(b))
+	*d = Duration(v)
+	return err
 }
 
 // UpstreamStatus tells by what way an upstream is reached.
@@ -99,7 +114,7 @@ func (w *worker) status(now time.Time) ProxyStatus {
 		st.TableIndex, st.TableAsOf, st.Warnings = t.Index, v.asOf, t.Warnings
 		st.FromDisk = !v.kept.IsZero()
 		if !v.asOf.IsZero() {
-			st.Age = max(0, now.Sub(v.asOf))
+			st.Age = Duration(max(0, now.Sub(v.asOf)))
 		}
 	}
 	if st.Plane != nil {

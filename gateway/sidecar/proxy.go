@@ -53,6 +53,12 @@ func (s *Sidecar) inbound(ctx context.Context, l *listener, r *routing, def *gat
 	hctx, cancel := context.WithTimeout(ctx, s.cfg.HandshakeTimeout)
 	err := tc.HandshakeContext(hctx)
 	cancel()
+	if errors.Is(err, io.EOF) {
+		// Not a byte came: somebody looked whether the port is open, as health checks
+		// do every few seconds. In the ring they would push out what matters.
+		l.refused.Add(1)
+		return
+	}
 	if err != nil {
 		s.refuse(l, conn.RemoteAddr(), gateway.RefuseHandshake, err, tc.ConnectionState().ServerName)
 		return
