@@ -15,6 +15,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -285,7 +286,7 @@ func (a *Agent) registeredProxies(ws memdb.WatchSet) []proxycfg.Proxy {
 		case api.ServiceKindConnectProxy, api.ServiceKindMeshGateway:
 			out = append(out, proxycfg.Proxy{
 				Service: s.Registered, Node: a.node, Datacenter: rt.Node.Datacenter, Token: s.Token,
-				DefaultAllow: rt.Connect.DefaultAllow,
+				DefaultAllow: rt.Connect.DefaultAllow, Domain: strings.TrimSuffix(rt.Node.Domain, "."),
 			})
 		}
 	}

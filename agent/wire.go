@@ -186,7 +186,7 @@ func debugConfig(rt *config.Runtime, opts Options) map[string]any {
 		}
 		for j := range v.Field(i).NumField() {
 			f := section.Type.Field(j)
-			if f.IsExported() {
+			if f.IsExported() && f.Name != "CAConfig" { // it may hold the CA's private key
 				out[section.Name+f.Name] = v.Field(i).Field(j).Interface()
 			}
 		}

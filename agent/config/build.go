@@ -384,6 +384,7 @@ func (b *builder) federation(rt *Runtime) {
 	secondary := rt.Node.Datacenter != rt.Node.PrimaryDatacenter
 	if c.MeshGatewayWANFederation {
 		const key = "connect.enable_mesh_gateway_wan_federation"
+		b.bad(key, "federation of servers through mesh gateways is not supported by this version: remove '%s', and name servers of the other datacenters in 'retry_join_wan'", key)
 		if !c.Server {
 			b.bad(key, "'%s = true' requires 'server = true'", key)
 		}
