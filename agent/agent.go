@@ -177,7 +177,7 @@ func New(opts Options) (_ *Agent, err error) {
 	if server, ok := a.member.(*cluster.Server); ok {
 		a.source = view.NewLocal(view.LocalConfig{
 			Store: server.Store, LastContact: server.LastContact, Remote: a.remote, Leaves: a.leaves,
-			Datacenter: rt.Node.Datacenter,
+			Datacenter: rt.Node.Datacenter, Ready: server.CaughtUp(),
 		})
 	}
 	a.central = &local.Central{Registry: a.registry, Entry: a.source.ConfigEntry, Logger: a.log.Named("local")}

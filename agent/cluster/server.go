@@ -41,6 +41,8 @@ type Server struct {
 
 	made  time.Time
 	ready chan struct{}
+	// caughtUp: see CaughtUp.
+	caughtUp chan struct{}
 	// up is what Run has started; nil before and after.
 	up atomic.Pointer[running]
 }
@@ -71,6 +73,7 @@ func NewServer(cfg Config) (*Server, error) {
 		founding: newBell(),
 		made:     time.Now(),
 		ready:    make(chan struct{}),
+		caughtUp: make(chan struct{}),
 	}
 	s.trans = &transports{dialer: s.dialer}
 	s.leader = newLeader(s, leaderConfig{
@@ -180,6 +183,7 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { s.watchLeader(ctx, up.raft); return nil })
 	g.Go(func() error { s.leadLoop(ctx, up); return nil })
+	g.Go(func() error { s.catchUp(ctx, up.raft); return nil })
 	g.Go(func() error { s.floodLoop(ctx, up); return nil })
 	if s.cfg.BootstrapExpect > 0 && !store.used {
 		g.Go(func() error { s.foundLoop(ctx, up); return nil })
