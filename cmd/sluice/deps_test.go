@@ -35,6 +35,7 @@ var allowed = map[string][]string{
 	"gateway/sni":           {"acl", "agent/catalog", "gateway"},
 	"gateway/sidecar":       {"vocab", "gateway"},
 	"agent":                 {"vocab", "agent/state", "agent/cluster", "agent/view", "agent/local", "agent/check", "agent/config", "agent/httpapi", "proxycfg", "gateway", "gateway/sni", "gateway/sidecar"},
+	"agent/agenttest":       {"agent", "agent/config", "gateway"},
 	"cmd/internal/cli":      {"vocab", "agent", "agent/config", "agent/httpapi", "agent/view", "proxycfg", "gateway", "gateway/sni", "gateway/sidecar", "cmd/internal/demo"},
 	"cmd/internal/demo":     {"vocab", "gateway"},
 	"cmd/sluice":            {"cmd/internal/cli"},
