@@ -51,7 +51,7 @@ func (e *env) agentCommands() []*command {
 	return []*command{
 		{
 			name: "agent", synopsis: "Run an agent",
-			help: "Runs an agent until it is interrupted or told to leave.\n\n" + config.Usage(),
+			help: config.Usage(),
 			raw:  e.runAgent,
 		},
 		{

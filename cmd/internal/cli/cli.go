@@ -1,5 +1,5 @@
-// Package cli holds the commands. All but agent, demo, forward and validate speak
-// to an agent through its HTTP API; only agent and demo run one.
+// Package cli holds the commands. All but agent, demo, forward, validate and
+// version speak to an agent through its HTTP API; only agent and demo run one.
 package cli
 
 import (
@@ -8,6 +8,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -18,9 +19,10 @@ import (
 
 // Exit codes.
 const (
-	exitOK    = 0
-	exitError = 1
-	exitUsage = 1 // as Consul: a bad flag is an error like any other
+	exitOK      = 0
+	exitError   = 1
+	exitUsage   = 1   // as Consul: a bad flag is an error like any other
+	exitUnknown = 127 // there is no such command, as a shell has it
 )
 
 // env is what a command has to do with the world.
@@ -32,10 +34,14 @@ type env struct {
 // Run runs the command that args name, and returns its exit code.
 func Run(args []string, in io.Reader, out, errw io.Writer) int {
 	e := &env{in: in, out: out, err: errw}
+	commands := e.commands()
 	c := &cli.CLI{
-		Name: "sluice", Version: versionLine(), Args: args, Commands: e.commands(),
-		HelpFunc: cli.BasicHelpFunc("sluice"), HelpWriter: out, ErrorWriter: errw,
+		Name: "sluice", Version: versionLine(), Args: args, Commands: commands,
+		HelpFunc: overview, HelpWriter: out, ErrorWriter: errw,
 		Autocomplete: false,
+	}
+	if name := c.Subcommand(); name != "" && commands[name] == nil {
+		return e.unknown(name, slices.Collect(maps.Keys(commands)))
 	}
 	code, err := c.Run()
 	if err != nil {
@@ -56,8 +62,11 @@ type command struct {
 	http bool
 	run  func(c *call) error
 
-	// raw gets the arguments unparsed, for a command with a flag set of its own.
+	// raw gets the arguments unparsed, for a command with a flag set of its own; its
+	// help is the whole text.
 	raw func(args []string) int
+	// group says that the name is only the first part of others.
+	group bool
 }
 
 // call is one use of a command.
@@ -74,6 +83,15 @@ var (
 	errSilent = errors.New("")
 )
 
+// hinted is an error with what can be done about it.
+type hinted struct {
+	error
+	hint string
+}
+
+// Unwrap returns the error itself.
+func (h hinted) Unwrap() error { return h.error }
+
 func usage(format string, args ...any) error {
 	return fmt.Errorf("%s (%w)", fmt.Sprintf(format, args...), errUsage)
 }
@@ -83,10 +101,20 @@ func (c *command) Synopsis() string { return c.synopsis }
 
 // Help implements [cli.Command].
 func (c *command) Help() string {
-	var b strings.Builder
-	fmt.Fprintf(&b, "Usage: sluice %s\n\n  %s\n", strings.TrimSpace(c.name+" "+c.args), strings.ReplaceAll(strings.TrimSpace(cmp.Or(c.help, c.synopsis+".")), "\n", "\n  "))
 	if c.raw != nil {
-		return b.String()
+		return strings.TrimSpace(c.help)
+	}
+	var b strings.Builder
+	fmt.Fprintf(&b, "Usage: sluice %s\n\n", strings.TrimSpace(c.name+" "+c.args))
+	for line := range strings.Lines(strings.TrimSpace(cmp.Or(c.help, c.synopsis+"."))) {
+		if strings.TrimSpace(line) != "" {
+			b.WriteString("  ")
+		}
+		b.WriteString(line)
+	}
+	b.WriteString("\n")
+	if c.group {
+		return strings.TrimSpace(b.String())
 	}
 	own := flag.NewFlagSet("", flag.ContinueOnError)
 	if c.flags != nil {
@@ -98,7 +126,7 @@ func (c *command) Help() string {
 		new(connection).register(fs)
 		printFlags(&b, "HTTP API options", fs)
 	}
-	return b.String()
+	return strings.TrimSpace(b.String())
 }
 
 func printFlags(b *strings.Builder, title string, fs *flag.FlagSet) {
@@ -111,6 +139,9 @@ func printFlags(b *strings.Builder, title string, fs *flag.FlagSet) {
 func (c *command) Run(args []string) int {
 	if c.raw != nil {
 		return c.raw(args)
+	}
+	if c.group {
+		return c.subcommands(args)
 	}
 	fs := flag.NewFlagSet("sluice "+c.name, flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
@@ -126,8 +157,8 @@ func (c *command) Run(args []string) int {
 			fmt.Fprintln(c.e.out, c.Help())
 			return exitOK
 		}
-		c.e.fail(usage("%v", err))
-		fmt.Fprintf(c.e.err, "\n%s", c.Help())
+		c.e.fail(err)
+		fmt.Fprintf(c.e.err, "hint: `sluice %s -h` shows the flags\n", c.name)
 		return exitUsage
 	}
 	call.args = fs.Args()
@@ -153,6 +184,9 @@ func (e *env) fail(err error) {
 
 // hintFor knows what helps with the errors that people meet first.
 func hintFor(err error) string {
+	if h := (hinted{}); errors.As(err, &h) {
+		return h.hint
+	}
 	text := err.Error()
 	switch {
 	case strings.Contains(text, "connection refused"):
@@ -188,6 +222,12 @@ func (c *connection) register(fs *flag.FlagSet) {
 
 // client returns the API client that the flags and the environment describe.
 func (c *call) client() (*api.Client, error) {
+	client, _, err := c.connect()
+	return client, err
+}
+
+// connect is client, and returns besides where and how it asks.
+func (c *call) connect() (*api.Client, *api.Config, error) {
 	conf := api.DefaultConfig()
 	set := func(dst *string, v string) {
 		if v != "" {
@@ -203,11 +243,12 @@ func (c *call) client() (*api.Client, error) {
 	set(&conf.TLSConfig.CertFile, c.conn.cert)
 	set(&conf.TLSConfig.KeyFile, c.conn.key)
 	set(&conf.TLSConfig.Address, c.conn.serverName)
+	// It fills in what the environment says and the flags do not.
 	client, err := api.NewClient(conf)
 	if err != nil {
-		return nil, fmt.Errorf("make API client: %w", err)
+		return nil, nil, fmt.Errorf("make API client: %w", err)
 	}
-	return client, nil
+	return client, conf, nil
 }
 
 // query returns the options of a read.
@@ -261,7 +302,10 @@ func sorted[V any](m map[string]V) []string {
 // commands returns all of them by name.
 func (e *env) commands() map[string]cli.CommandFactory {
 	m := map[string]cli.CommandFactory{}
-	for _, c := range slices.Concat(e.agentCommands(), e.memberCommands(), e.serviceCommands(), e.configCommands(), e.connectCommands(), e.forwardCommands()) {
+	for _, c := range slices.Concat(
+		groupCommands(), e.agentCommands(), e.memberCommands(), e.serviceCommands(), e.configCommands(),
+		e.connectCommands(), e.proxyCommands(), e.forwardCommands(), e.demoCommands(),
+	) {
 		c.e = e
 		m[c.name] = func() (cli.Command, error) { return c, nil }
 	}

@@ -11,7 +11,7 @@ import (
 	"github.com/sluicemesh/sluice/cmd/internal/demo"
 )
 
-func (e *env) forwardCommands() []*command {
+func (e *env) demoCommands() []*command {
 	var o demo.Options
 	return []*command{{
 		name: "demo", synopsis: "Run two federated datacenters on this machine and send traffic through both gateways",
