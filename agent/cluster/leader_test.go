@@ -733,6 +733,41 @@ func TestSecondaryCA(t *testing.T) {
 	})
 }
 
+// A datacenter whose primary is lost is made the primary itself.
+func TestPromotedCA(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dc1 := newDutyDC("dc1", nil)
+		dc1.wan = wanServers("dc1", "dc2")
+		dc2 := newDutyDC("dc2", dc1)
+		dc1.lead(t)
+		stop2 := dc2.lead(t)
+		eventually(t, time.Minute, "intermediate signed", dc2.canSign)
+		before := dc2.roots(t)
+		old, err := dc2.leader.SignLeaf(t.Context(), leafCSR(t, "dc2", "db"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		stop2()
+
+		dc2.leader = newLeader(dc2.dutyCore, leaderConfig{Datacenter: "dc2", NodeName: "s1"})
+		dc2.lead(t)
+		eventually(t, time.Second, "own root", dc2.canSign)
+		now := dc2.roots(t)
+		if now.TrustDomain != before.TrustDomain || now.ActiveRootID == before.ActiveRootID || len(now.Roots) != 2 {
+			t.Fatalf("roots are %+v", now)
+		}
+		leaf, err := dc2.leader.SignLeaf(t.Context(), leafCSR(t, "dc2", "db"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for name, l := range map[string]*connect.Leaf{"new": leaf, "old": old} {
+			if err := verify(t, l, dc2); err != nil {
+				t.Errorf("%s leaf: %v", name, err)
+			}
+		}
+	})
+}
+
 func TestIntermediateRenewal(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dc1 := newDutyDC("dc1", nil, func(c *leaderConfig) {

@@ -347,6 +347,10 @@ func (m *LeafManager) sign(ctx context.Context, id ServiceID, view rootsView) {
 	sctx, cancel := context.WithTimeout(ctx, m.cfg.SignTimeout)
 	leaf, signer, err := m.request(sctx, id)
 	cancel()
+	roots := view.roots
+	if r, err := m.cfg.Roots(nil); err == nil {
+		roots = r // they may have changed while it was signed
+	}
 
 	now := time.Now()
 	m.mu.Lock()
@@ -363,7 +367,7 @@ func (m *LeafManager) sign(ctx context.Context, id ServiceID, view rootsView) {
 		m.log.Warn("cannot sign certificate", "service", id.Service.String(), "retry_in", e.retryAt.Sub(now), "error", err)
 		return
 	}
-	leaf.RootID = signedUnder(view.roots, signer)
+	leaf.RootID = signedUnder(roots, signer)
 	m.index = max(m.index+1, leaf.ModifyIndex)
 	leaf.ModifyIndex = m.index
 	if leaf.CreateIndex == 0 {
