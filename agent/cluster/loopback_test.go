@@ -87,7 +87,8 @@ func TestRestartKeepsState(t *testing.T) {
 		t.Fatalf("run: %v", err)
 	}
 	for path, mode := range map[string]os.FileMode{
-		"node-id": 0o600, "serf/local.snapshot": 0o644, "serf/remote.snapshot": 0o644, "raft/wal": 0o700 | os.ModeDir, "raft/snapshots": 0o755 | os.ModeDir,
+		"node-id": 0o600, "serf/local.snapshot": 0o644, "serf/remote.snapshot": 0o644, // serf's own choice
+		"raft/wal": 0o700 | os.ModeDir, "raft/snapshots": 0o755 | os.ModeDir,
 	} {
 		if st, err := os.Stat(filepath.Join(dir, path)); err != nil || st.Mode() != mode {
 			t.Errorf("%s: %v, %v; want mode %v", path, st, err, mode)
@@ -172,8 +173,13 @@ func TestTLS(t *testing.T) {
 				t.Errorf("request: %q, %v", got, err)
 			}
 			// Clear text is refused where certificates are demanded.
-			a.server.dialer.tls = nil
-			if _, err := a.request(state.Target{}, http.MethodGet, "/whoami", ""); err == nil {
+			plain := &transports{dialer: &dialer{network: tcpNetwork{}}}
+			defer plain.close()
+			r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://server/whoami", nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := plain.roundTrip(r, server{dc: "dc1", address: a.server.Leader()}); err == nil {
 				t.Error("a request in clear text was answered")
 			}
 		})

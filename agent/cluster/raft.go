@@ -19,6 +19,7 @@ import (
 	"github.com/hashicorp/go-uuid"
 	"github.com/hashicorp/raft"
 	raftwal "github.com/hashicorp/raft-wal"
+	"github.com/hashicorp/raft-wal/metadb"
 	"github.com/hashicorp/serf/serf"
 )
 
@@ -27,7 +28,7 @@ type raftStore struct {
 	log       raft.LogStore
 	stable    raft.StableStore
 	snapshots raft.SnapshotStore
-	closer    io.Closer // nil in memory
+	closers   []io.Closer // in this order; none in memory
 	// used says that this server was part of a cluster before.
 	used bool
 }
@@ -51,31 +52,33 @@ func openRaftStore(c *Config) (*raftStore, error) {
 	if err := os.MkdirAll(filepath.Join(dir, "wal"), 0o700); err != nil {
 		return nil, fmt.Errorf("open raft store: %w", err)
 	}
-	wal, err := raftwal.Open(filepath.Join(dir, "wal"), raftwal.WithLogger(log.Named("wal")))
+	// The log does not close its own metadata, which holds a file lock.
+	meta := &metadb.BoltMetaDB{}
+	wal, err := raftwal.Open(filepath.Join(dir, "wal"), raftwal.WithLogger(log.Named("wal")), raftwal.WithMetaStore(meta))
 	if err != nil {
-		return nil, fmt.Errorf("open raft log: %w", err)
+		return nil, errors.Join(fmt.Errorf("open raft log: %w", err), meta.Close())
 	}
-	s := &raftStore{stable: wal, closer: wal}
+	s := &raftStore{stable: wal, closers: []io.Closer{wal, meta}}
 	if s.snapshots, err = raft.NewFileSnapshotStoreWithLogger(dir, snapshotsKept, log.Named("snapshot")); err != nil {
-		return nil, errors.Join(fmt.Errorf("open raft snapshots: %w", err), wal.Close())
+		return nil, errors.Join(fmt.Errorf("open raft snapshots: %w", err), s.close())
 	}
 	if s.log, err = raft.NewLogCache(logCache, wal); err != nil {
-		return nil, errors.Join(fmt.Errorf("open raft log: %w", err), wal.Close())
+		return nil, errors.Join(fmt.Errorf("open raft log: %w", err), s.close())
 	}
 	if s.used, err = raft.HasExistingState(s.log, s.stable, s.snapshots); err != nil {
-		return nil, errors.Join(fmt.Errorf("read raft store: %w", err), wal.Close())
+		return nil, errors.Join(fmt.Errorf("read raft store: %w", err), s.close())
 	}
 	return s, nil
 }
 
 func (s *raftStore) close() error {
-	if s.closer == nil {
-		return nil
+	var errs []error
+	for _, c := range s.closers {
+		if err := c.Close(); err != nil {
+			errs = append(errs, fmt.Errorf("close raft log: %w", err))
+		}
 	}
-	if err := s.closer.Close(); err != nil {
-		return fmt.Errorf("close raft log: %w", err)
-	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // raftConfig returns raft's configuration. Its timings are raft's defaults for
