@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"runtime"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -27,7 +26,8 @@ type Config struct {
 	// Engine is EngineAuto (default: epoll where it can be had, else netpoll),
 	// EngineEpoll or EngineNetpoll.
 	Engine string
-	// Workers is the number of epoll loops; default is GOMAXPROCS.
+	// Workers is the number of epoll loops; default is GOMAXPROCS, which is raised
+	// by that number while the loops run.
 	Workers int
 	// Logger; nil logs nothing. At trace level there is a line per connection.
 	Logger hclog.Logger
@@ -103,7 +103,6 @@ func (c Config) withDefaults() Config {
 			return net.DefaultResolver.LookupNetIP(ctx, "ip", host)
 		}
 	}
-	orInt(&c.Workers, runtime.GOMAXPROCS(0))
 	or(&c.HelloTimeout, 5*time.Second)
 	orInt(&c.HelloBytes, maxHelloBytes)
 	orInt(&c.ConnectAttempts, 4)
@@ -134,7 +133,7 @@ func (c Config) Validate() error {
 	}
 	check(d.Engine == EngineAuto || d.Engine == EngineEpoll || d.Engine == EngineNetpoll,
 		"engine %q is none of auto, epoll, netpoll", c.Engine)
-	check(d.Workers > 0 && d.Workers <= 1024, "workers %d is not from 1 to 1024", c.Workers)
+	check(d.Workers >= 0 && d.Workers <= 1024, "workers %d is not from 0 to 1024", c.Workers)
 	check(d.HelloTimeout > 0, "hello timeout %s is negative", c.HelloTimeout)
 	check(d.HelloBytes >= 64 && d.HelloBytes <= maxHelloBytes, "hello bytes %d is not from 64 to %d", c.HelloBytes, maxHelloBytes)
 	check(d.ConnectAttempts > 0 && d.ConnectAttempts <= maxTries, "connect attempts %d is not from 1 to %d", c.ConnectAttempts, maxTries)

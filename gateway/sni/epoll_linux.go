@@ -29,7 +29,11 @@ type epoll struct {
 
 func newEpoll(f *Forwarder) (engine, error) {
 	e := &epoll{f: f, socks: map[*listener]bool{}}
-	for i := range f.cfg.Workers {
+	workers := f.cfg.Workers
+	if workers == 0 {
+		workers = ownProcs()
+	}
+	for i := range workers {
 		l, err := newLoop(e, i)
 		if err != nil {
 			for _, l := range e.loops {
@@ -39,6 +43,7 @@ func newEpoll(f *Forwarder) (engine, error) {
 		}
 		e.loops = append(e.loops, l)
 	}
+	lendProcs(len(e.loops))
 	for _, l := range e.loops {
 		e.wg.Go(l.run)
 	}
@@ -53,7 +58,7 @@ func (e *epoll) listen(l *listener) (string, error) {
 	if addr.Port() != 0 {
 		// SO_REUSEPORT would share the port with another process of this user: a
 		// second agent by mistake would take half of the connections in silence.
-		fd, _, err := listenSocket(addr, false, e.f.cfg.Keepalive)
+		fd, _, err := listenSocket(addr, false)
 		if err != nil {
 			return "", err
 		}
@@ -61,7 +66,7 @@ func (e *epoll) listen(l *listener) (string, error) {
 	}
 	var fds []int32
 	for range e.loops {
-		fd, bound, err := listenSocket(addr, true, e.f.cfg.Keepalive)
+		fd, bound, err := listenSocket(addr, true)
 		if err != nil {
 			for _, fd := range fds {
 				rawClose(fd)
@@ -96,6 +101,7 @@ func (e *epoll) stop() {
 		lp.do(func() { lp.stopping = true })
 	}
 	e.wg.Wait()
+	returnProcs(len(e.loops))
 }
 
 // The phases of a connection.
@@ -122,8 +128,8 @@ const (
 	flagHup                 // has said that it sends no more, maybe behind data
 	flagEOF                 // the end was read, and passed on
 	flagBulk                // sends so much that it is spliced
-	flagNoDelay             // the target's socket has TCP_NODELAY
-	flagKeep                // the target's socket has keepalive
+	flagNoDelay             // the target's socket has TCP_NODELAY; the client's has it by inheritance
+	flagKeep                // both sockets have keepalive; a flag of the target
 	flagQueued              // waits in the run queue
 )
 
@@ -659,7 +665,7 @@ func (l *loop) parseAgain(data []byte, scan *helloScan) { l.hello.parse(scan.mes
 // open begins to move bytes. sent of data, the hello, are with the endpoint.
 func (l *loop) open(c *conn, peer netip.AddrPort, data []byte, sent int, d *dial) {
 	c.owner, c.ep = d.done()
-	c.count = c.owner.counter(l.worker, l.f.cfg.Workers)
+	c.count = c.owner.counter(l.worker, len(l.e.loops))
 	add(&c.count.in, sent)
 	c.phase = phaseOpen
 	c.active = l.tick
@@ -681,7 +687,7 @@ func (l *loop) open(c *conn, peer netip.AddrPort, data []byte, sent int, d *dial
 	}
 	// Keepalive is for connections that last: set then, it costs the short ones
 	// nothing.
-	wait := min(l.f.cfg.keepalive(d.tier.keepalive).Idle/2, 10*time.Second)
+	wait := min(l.f.cfg.Keepalive.Idle/2, l.f.cfg.keepalive(d.tier.keepalive).Idle/2, 10*time.Second)
 	if idle := l.f.cfg.idleLimit(false); idle > 0 {
 		wait = min(wait, idle)
 	}
@@ -1141,6 +1147,7 @@ func (l *loop) fire(c *conn) {
 	case phaseOpen:
 		if c.flags[target]&flagKeep == 0 {
 			c.flags[target] |= flagKeep
+			setKeepalive(c.fd[client], l.f.cfg.Keepalive)
 			setKeepalive(c.fd[target], l.f.cfg.keepalive(c.keepalive()))
 		}
 		half := (c.flags[client]|c.flags[target])&flagEOF != 0

@@ -170,7 +170,7 @@ func (f *Forwarder) newEngine() (engine, error) {
 	if f.cfg.Engine != EngineNetpoll {
 		eng, err := newEpoll(f)
 		if err == nil {
-			f.log.Debug("engine", "name", EngineEpoll, "workers", f.cfg.Workers)
+			f.log.Debug("engine started", "name", EngineEpoll)
 			return eng, nil
 		}
 		if f.cfg.Engine == EngineEpoll {

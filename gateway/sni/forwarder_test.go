@@ -742,3 +742,124 @@ sni: connect attempts 9 is not from 1 to 8`
 		t.Errorf("got %v", err)
 	}
 }
+
+// TestChaos has many clients behave in every way at once, and checks that what
+// they are owed arrives and that nothing is left of them.
+func TestChaos(t *testing.T) {
+	hello := helloFor(t, "web.example")
+	onEngines(t, func(t *testing.T, engine string) {
+		// The backend does as the first byte after the hello says.
+		b := serve(t, func(c *net.TCPConn) {
+			if expect(c, hello) != nil {
+				return
+			}
+			var what [1]byte
+			if _, err := io.ReadFull(c, what[:]); err != nil {
+				return
+			}
+			switch what[0] {
+			case 'e': // echo
+				io.Copy(struct{ io.Writer }{c}, c)
+			case 'r': // reset, with bytes on the way
+				c.Write(make([]byte, 100_000))
+				c.SetLinger(0)
+			case 'f': // end at once, and take what comes
+				c.CloseWrite()
+				io.Copy(io.Discard, c)
+			case 's': // send without end
+				for buf := make([]byte, 64<<10); ; {
+					if _, err := c.Write(buf); err != nil {
+						return
+					}
+				}
+			}
+		})
+		dead := clusterOf("dead", closedPort(t))
+		f := start(t, Config{Engine: engine, EjectAfter: 1 << 20}, table([]gateway.Cluster{dead, clusterOf("web", b.addr, dead.Endpoints[0].Address+":"+fmt.Sprint(dead.Endpoints[0].Port))},
+			"dead.example", "dead", "web.example", "web"))
+		addr := f.addr()
+		deadHello := helloFor(t, "dead.example")
+		one := func(r *rand.Rand) error {
+			conn, err := net.Dial("tcp", addr)
+			if err != nil {
+				return err
+			}
+			c := conn.(*net.TCPConn)
+			defer c.Close()
+			c.SetDeadline(time.Now().Add(20 * time.Second))
+			switch r.IntN(8) {
+			case 0: // part of a hello, and gone
+				c.Write(hello[:r.IntN(len(hello))])
+				if r.IntN(2) == 0 {
+					c.SetLinger(0)
+				}
+			case 1: // nowhere to go
+				c.Write(deadHello)
+				if n, _ := c.Read(make([]byte, 1)); n != 0 {
+					return errors.New("an answer from a dead cluster")
+				}
+			case 2: // reset by the backend
+				c.Write(append(bytes.Clone(hello), 'r'))
+				if n, err := io.Copy(io.Discard, c); err == nil {
+					return fmt.Errorf("a reset reads as an end after %d bytes", n)
+				}
+			case 3: // the backend's end comes first
+				c.Write(append(bytes.Clone(hello), 'f'))
+				if n, err := io.Copy(io.Discard, c); n != 0 || err != nil {
+					return fmt.Errorf("want an end: %d bytes, %v", n, err)
+				}
+				c.Write(make([]byte, r.IntN(1<<20)))
+			case 4: // goes away while it is sent to
+				c.Write(append(bytes.Clone(hello), 's'))
+				io.CopyN(io.Discard, c, int64(r.IntN(4<<20)))
+			default: // echo of some size, split somewhere
+				body := make([]byte, r.IntN(1<<(8+r.IntN(14))))
+				for i := range body {
+					body[i] = byte(r.Uint32())
+				}
+				all := append(append(bytes.Clone(hello), 'e'), body...)
+				at := r.IntN(len(all))
+				var wg sync.WaitGroup
+				defer wg.Wait()
+				wg.Go(func() {
+					c.Write(all[:at])
+					c.Write(all[at:])
+					c.CloseWrite()
+				})
+				if err := expect(c, body); err != nil {
+					return fmt.Errorf("echo of %d, split at %d: %w", len(body), at, err)
+				}
+				if n, err := c.Read(make([]byte, 1)); n != 0 || err != io.EOF {
+					return fmt.Errorf("after the echo: %d bytes, %v", n, err)
+				}
+			}
+			return nil
+		}
+		var wg sync.WaitGroup
+		for seed := range uint64(8) {
+			wg.Go(func() {
+				r := rand.New(rand.NewPCG(seed, 1))
+				for range 60 {
+					if err := one(r); err != nil {
+						t.Errorf("client %d: %v", seed, err)
+						return
+					}
+				}
+			})
+		}
+		wg.Wait()
+		f.untilCounted(func(s gateway.Status) bool { return s.Listeners[0].Active == 0 })
+		f.stop()
+		s := f.Status()
+		if l := s.Listeners[0]; l.Accepted != 480 {
+			t.Errorf("listener: %+v", l)
+		}
+		for _, c := range s.Clusters {
+			for _, e := range c.Endpoints {
+				if c.Active != 0 || e.Active != 0 {
+					t.Errorf("cluster: %+v", c)
+				}
+			}
+		}
+	})
+}

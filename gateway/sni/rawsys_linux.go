@@ -145,7 +145,7 @@ func setKeepalive(fd int32, k gateway.Keepalive) {
 
 // listenSocket binds a listener that shares its port with the others of this
 // process. What it sets is inherited by what it accepts.
-func listenSocket(ap netip.AddrPort, share bool, k gateway.Keepalive) (fd int32, bound netip.AddrPort, err error) {
+func listenSocket(ap netip.AddrPort, share bool) (fd int32, bound netip.AddrPort, err error) {
 	fd, e := rawSocket(family(ap.Addr()))
 	if e != 0 {
 		return -1, bound, os.NewSyscallError("socket", e)
@@ -169,7 +169,6 @@ func listenSocket(ap netip.AddrPort, share bool, k gateway.Keepalive) (fd int32,
 		rawSetInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, only)
 	}
 	rawSetInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
-	setKeepalive(fd, k)
 	var sa unix.RawSockaddrAny
 	size := putSockaddr(&sa, ap)
 	if _, _, e := syscall.RawSyscall(unix.SYS_BIND, uintptr(fd), uintptr(unsafe.Pointer(&sa)), size); e != 0 {
