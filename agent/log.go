@@ -64,7 +64,7 @@ func openLogFile(cfg config.Log) (*logFile, error) {
 
 func (l *logFile) open() error {
 	now := time.Now()
-	f, err := os.OpenFile(filepath.Join(l.dir, fmt.Sprintf("%s-%d%s", l.stem, now.UnixNano(), l.ext)), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o640)
+	f, err := os.OpenFile(filepath.Join(l.dir, fmt.Sprintf("%s-%d%s", l.stem, now.UnixNano(), l.ext)), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o640) //nolint:gosec // a log may be read by its group
 	if err != nil {
 		return err
 	}

@@ -416,7 +416,7 @@ func (w *worker) serveOne(ctx context.Context, v *view) error {
 				continue
 			}
 			cancel()
-			<-ended
+			_ = <-ended // it was told to end
 			return nil
 		}
 	}
@@ -457,7 +457,7 @@ func pause(ctx context.Context, d time.Duration) bool {
 	ctx, cancel := context.WithTimeoutCause(ctx, d, errPaused)
 	defer cancel()
 	<-ctx.Done()
-	return context.Cause(ctx) == errPaused
+	return errors.Is(context.Cause(ctx), errPaused)
 }
 
 var errPaused = errors.New("the pause is over")

@@ -256,7 +256,7 @@ func duration(s string, otherwise time.Duration) time.Duration {
 // Supported tells whether this package can run a check of def's kind, and what
 // kind it is.
 func Supported(def catalog.CheckDefinition) error {
-	kind := ""
+	var kind string
 	switch {
 	case def.TTL != "", def.HTTP != "", def.TCP != "", def.AliasService != "", def.AliasNode != "":
 		return nil

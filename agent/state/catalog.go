@@ -24,7 +24,7 @@ func (w *writer) register(reg *api.CatalogRegistration) any {
 	}
 	if reg.ID != "" {
 		if _, err := uuid.ParseUUID(reg.ID); err != nil {
-			return fmt.Errorf("Bad node ID: %v", err) //nolint:staticcheck // Consul's text
+			return fmt.Errorf("Bad node ID: %w", err) //nolint:staticcheck // Consul's text
 		}
 	}
 	if err := w.registerNode(reg); err != nil {
