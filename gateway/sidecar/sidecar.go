@@ -55,7 +55,8 @@ type Sidecar struct {
 	clusters  map[string]*cluster
 	lastError string
 
-	refused refusals
+	refused    refusals
+	refusalLog gateway.RefusalLog
 
 	conns connSet
 	wg    sync.WaitGroup
@@ -87,10 +88,11 @@ func New(cfg Config) *Sidecar {
 		cfg.Logger = hclog.NewNullLogger()
 	}
 	return &Sidecar{
-		cfg:       cfg,
-		wake:      make(chan struct{}, 1),
-		listeners: map[string]*listener{},
-		clusters:  map[string]*cluster{},
+		cfg:        cfg,
+		refusalLog: gateway.RefusalLog{Logger: cfg.Logger},
+		wake:       make(chan struct{}, 1),
+		listeners:  map[string]*listener{},
+		clusters:   map[string]*cluster{},
 	}
 }
 
@@ -238,7 +240,7 @@ func (s *Sidecar) refuse(l *listener, peer net.Addr, reason string, err error, s
 		f.Detail = err.Error()
 	}
 	s.refused.add(f)
-	s.cfg.Logger.Debug("connection refused", "listener", l.name, "peer", f.Peer, "reason", reason, "detail", f.Detail)
+	s.refusalLog.Add(&f)
 }
 
 func addrString(a net.Addr) string {
