@@ -62,7 +62,7 @@ const rebalanceInterval = 3 * time.Minute
 // Run is the client's life; see [Server.Run].
 func (c *Client) Run(ctx context.Context) error {
 	defer c.trans.close()
-	lan, err := openPool(&c.cfg, false, false, c.cfg.tags(false, 0), c.servers.update)
+	lan, err := openPool(ctx, &c.cfg, false, c.cfg.tags(false, 0), c.servers.update)
 	if err != nil {
 		return err
 	}

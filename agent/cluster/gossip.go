@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -27,7 +28,10 @@ type pool struct {
 // openPool joins nobody yet. onEvent is called from one goroutine, for every
 // membership event in order, and must not block: serf would wait for it. Own
 // events come too.
-func openPool(c *Config, wan, isServer bool, tags map[string]string, onEvent func(serf.MemberEvent)) (*pool, error) {
+//
+// When ctx ends, connections that are being opened are given up, so that an agent
+// which is stopped while it joins does not wait for hosts that do not answer.
+func openPool(ctx context.Context, c *Config, wan bool, tags map[string]string, onEvent func(serf.MemberEvent)) (*pool, error) {
 	conf := serf.DefaultConfig()
 	conf.Init()
 	name, snapshot := "lan", "local"
@@ -87,14 +91,48 @@ func openPool(c *Config, wan, isServer bool, tags map[string]string, onEvent fun
 			return nil, fmt.Errorf("open gossip snapshot: %w", err)
 		}
 	}
+	var opened *memberlist.NetTransport
+	if ml.Transport == nil {
+		opened, err = memberlist.NewNetTransport(&memberlist.NetTransportConfig{
+			BindAddrs: []string{ml.BindAddr}, BindPort: ml.BindPort, Logger: ml.Logger,
+		})
+		if err != nil {
+			return nil, fmt.Errorf("open %s gossip: %w", strings.ToUpper(name), err)
+		}
+		if ml.BindPort == 0 {
+			ml.BindPort = opened.GetAutoBindPort()
+			ml.AdvertisePort = ml.BindPort
+		}
+		ml.Transport = &gossipTransport{NetTransport: opened, ctx: ctx}
+	}
 	p := &pool{wan: wan, events: make(chan serf.Event, 2048), done: make(chan struct{})}
 	conf.EventCh = p.events
 	p.Serf, err = serf.Create(conf)
 	if err != nil {
+		if opened != nil {
+			_ = opened.Shutdown()
+		}
 		return nil, fmt.Errorf("open %s gossip on %s: %w", strings.ToUpper(name), joinHostPort(ml.BindAddr, ml.BindPort), err)
 	}
 	go p.dispatch(onEvent)
 	return p, nil
+}
+
+// gossipTransport is memberlist's own, but for connections that end with Run.
+type gossipTransport struct {
+	*memberlist.NetTransport
+	ctx context.Context // of Run
+}
+
+// DialTimeout implements [memberlist.Transport].
+func (t *gossipTransport) DialTimeout(addr string, timeout time.Duration) (net.Conn, error) {
+	d := net.Dialer{Timeout: timeout}
+	return d.DialContext(t.ctx, "tcp", addr)
+}
+
+// DialAddressTimeout implements [memberlist.NodeAwareTransport].
+func (t *gossipTransport) DialAddressTimeout(a memberlist.Address, timeout time.Duration) (net.Conn, error) {
+	return t.DialTimeout(a.Addr, timeout)
 }
 
 // dispatch ends once serf has shut down.

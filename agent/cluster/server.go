@@ -156,12 +156,12 @@ func (s *Server) Run(ctx context.Context) (err error) {
 
 	// Gossip comes before raft, since it knows where the others are now.
 	tags := s.cfg.tags(true, port)
-	up.wan, err = openPool(&s.cfg, true, true, tags, s.onWAN)
+	up.wan, err = openPool(ctx, &s.cfg, true, tags, s.onWAN)
 	if err != nil {
 		return err
 	}
 	defer up.wan.close()
-	up.lan, err = openPool(&s.cfg, false, true, wanPortTag(tags, up.wan.port()), s.onLAN)
+	up.lan, err = openPool(ctx, &s.cfg, false, wanPortTag(tags, up.wan.port()), s.onLAN)
 	if err != nil {
 		return err
 	}
