@@ -71,8 +71,12 @@ type Node struct {
 
 	t    testing.TB
 	http *http.Client
+	log  *output
 	stop func()
 }
+
+// Log returns what the agent has logged.
+func (n *Node) Log() string { return n.log.text() }
 
 // write writes the configuration directory and returns the node without an agent.
 func write(t testing.TB, c Config) *Node {
@@ -116,6 +120,7 @@ func Start(t testing.TB, c Config) *Node {
 	t.Helper()
 	n := write(t, c)
 	log := &output{w: t.Output(), name: c.Name}
+	n.log = log
 	a, err := agent.New(agent.Options{
 		Config: config.Options{Paths: []string{n.configDir()}}, Log: log, Version: "1.21.4", Revision: "test",
 	})
@@ -145,13 +150,21 @@ func (n *Node) Stop() { n.stop() }
 type output struct {
 	name string
 
-	mu sync.Mutex // guards w
-	w  io.Writer
+	mu  sync.Mutex // guards w and all
+	w   io.Writer
+	all strings.Builder
+}
+
+func (o *output) text() string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.all.String()
 }
 
 func (o *output) Write(p []byte) (int, error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	o.all.Write(p)
 	if o.w == nil {
 		return len(p), nil
 	}

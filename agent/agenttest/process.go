@@ -57,6 +57,7 @@ func StartProcess(t testing.TB, c Config, behind ...string) *Node {
 	t.Helper()
 	n := write(t, c)
 	log := &output{w: t.Output(), name: c.Name}
+	n.log = log
 	args := append(behind, Binary(t), "agent", "-config-dir", n.configDir())
 	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Stdout, cmd.Stderr = log, log
