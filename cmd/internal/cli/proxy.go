@@ -126,7 +126,10 @@ func (f *proxyFlags) run(c *call) error {
 		if err != nil {
 			return err
 		}
-		if err := refuseTwin(client, reg.ID); err != nil {
+		if err := refuseTwin(ctx, client, reg.ID); err != nil {
+			if ctx.Err() != nil {
+				return nil // it was interrupted
+			}
 			return err
 		}
 		p.follow = reg.ID
@@ -270,17 +273,24 @@ func withProxy(s *catalog.Service) (*catalog.Service, error) {
 
 // refuseTwin refuses to run a proxy that the agent runs: both would want the
 // same addresses.
-func refuseTwin(client *api.Client, id string) error {
-	var st struct{ DataPlane string }
-	_, err := client.Raw().Query("/v1/agent/proxy/"+url.PathEscape(id), &st, nil)
-	var se api.StatusError
-	switch {
-	case errors.As(err, &se) && se.Code == 404:
-		return nil // nobody runs it (yet), or the agent is Consul's, which runs none
-	case err != nil:
-		return fmt.Errorf("ask the agent who runs proxy %q: %w", id, err)
-	case st.DataPlane == "" || st.DataPlane == gateway.DataPlaneNone:
-		return nil
+func refuseTwin(ctx context.Context, client *api.Client, id string) error {
+	const patience = 3 * time.Second
+	var st struct{ DataPlane, State string }
+	for deadline, wait := time.Now().Add(patience), 50*time.Millisecond; ; wait = pause(ctx, wait) {
+		_, err := client.Raw().Query("/v1/agent/proxy/"+url.PathEscape(id), &st, new(api.QueryOptions).WithContext(ctx))
+		var se api.StatusError
+		switch {
+		case errors.As(err, &se) && se.Code == 404:
+			return nil // nobody runs it (yet), or the agent is Consul's, which runs none
+		case err != nil:
+			return fmt.Errorf("ask the agent who runs proxy %q: %w", id, err)
+		case st.DataPlane == "" || st.DataPlane == gateway.DataPlaneNone:
+			return nil
+		}
+		// Who runs it may be said by proxy-defaults, which the agent has not read yet.
+		if gateway.Phase(st.State) != gateway.PhasePending || time.Now().After(deadline) {
+			break
+		}
 	}
 	return hinted{
 		fmt.Errorf("the agent runs proxy %q itself (data plane %q)", id, st.DataPlane),
@@ -423,7 +433,12 @@ func (p *foreground) tell(ctx context.Context, manager *proxycfg.Manager, runner
 	ready := false
 	for {
 		for _, st := range runner.Status() {
-			if text := string(st.State) + ": " + st.Reason; text != said {
+			if !p.outward {
+				// Nobody connects to it, so that it leads nowhere is no news.
+				own := "service " + st.Service
+				st.Warnings = slices.DeleteFunc(slices.Clone(st.Warnings), func(w string) bool { return strings.HasPrefix(w, own) })
+			}
+			if text := fmt.Sprint(st.State, st.Reason, st.Warnings); text != said {
 				said = text
 				log := p.logger.Warn
 				if st.State == gateway.PhaseServing || st.State == gateway.PhasePending {
