@@ -401,6 +401,13 @@ func (b *builder) federation(rt *Runtime) {
 			b.bad(key, "'%s = true' requires 'tls.internal_rpc.verify_outgoing = true' and 'tls.internal_rpc.verify_server_hostname = true'", key)
 		}
 	}
+	for key, list := range map[string][]string{"retry_join": c.RetryJoin, "retry_join_wan": c.RetryJoinWAN} {
+		for _, a := range list {
+			if strings.Contains(a, "provider=") {
+				b.bad(key, "%s = %q: joining by a cloud provider's lists is not supported by this version: name addresses or host names", key, a)
+			}
+		}
+	}
 	if len(c.PrimaryGateways) > 0 {
 		if !c.Server {
 			b.bad("primary_gateways", "'primary_gateways' requires 'server = true'")
