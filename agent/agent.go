@@ -76,6 +76,7 @@ type Agent struct {
 	telemetry *telemetry
 	listeners []boundListener
 	logFile   *logFile
+	lock      *os.File // of the data directory
 	pidFile   string
 
 	// stop ends Run, as asked for by the leave endpoint.
@@ -106,9 +107,15 @@ func New(opts Options) (_ *Agent, err error) {
 	for _, w := range warnings {
 		a.log.Warn(w.String())
 	}
+	if keys := withoutEffect(rt); len(keys) > 0 {
+		a.log.Warn("these keys have no effect in this version", "keys", strings.Join(keys, ", "))
+	}
 	if rt.Node.DataDir != "" {
 		if err := os.MkdirAll(rt.Node.DataDir, 0o700); err != nil {
 			return nil, fmt.Errorf("open data directory: %w", err)
+		}
+		if a.lock, err = lockDataDir(rt.Node.DataDir); err != nil {
+			return nil, err
 		}
 	}
 	id, err := rt.Node.EnsureID()
@@ -133,14 +140,19 @@ func New(opts Options) (_ *Agent, err error) {
 	a.registry, err = local.Open(local.Config{
 		Node: a.node, Datacenter: rt.Node.Datacenter, DataDir: rt.Node.DataDir,
 		SidecarMinPort: rt.Network.SidecarPorts.Min, SidecarMaxPort: rt.Network.SidecarPorts.Max,
-		CheckSupported: check.Supported,
-		Beat:           func(id string) { a.checks.Beat(id) },
-		Logger:         a.log.Named("local"),
+		DeregisterCritical: rt.Connect.DeregisterCritical,
+		CheckSupported:     check.Supported,
+		Beat:               func(id string) { a.checks.Beat(id) },
+		Logger:             a.log.Named("local"),
 	})
 	if err != nil {
 		return nil, err
 	}
-	a.checks = check.New(check.Config{Update: a.registry.SetStatus, Logger: a.log.Named("check")})
+	output := rt.Health.OutputMaxSize
+	if rt.Health.DiscardOutput {
+		output = -1
+	}
+	a.checks = check.New(check.Config{Update: a.registry.SetStatus, MaxOutput: output, Logger: a.log.Named("check")})
 	if err := a.replaceFiles(rt); err != nil {
 		return nil, err
 	}
@@ -226,6 +238,10 @@ func (a *Agent) Close() {
 	if a.pidFile != "" {
 		errs = append(errs, os.Remove(a.pidFile))
 		a.pidFile = ""
+	}
+	if a.lock != nil {
+		errs = append(errs, a.lock.Close())
+		a.lock = nil
 	}
 	if err := errors.Join(errs...); err != nil {
 		a.log.Warn("agent not closed cleanly", "error", err)

@@ -115,12 +115,19 @@ func (a *Agent) runChecks(ctx context.Context) error {
 
 // serveHTTP serves the API on every listener.
 func (a *Agent) serveHTTP(ctx context.Context) error {
+	rt := a.runtime()
 	var wg sync.WaitGroup
 	failed := make(chan error, len(a.listeners))
 	var servers []*http.Server
 	for _, l := range a.listeners {
 		srv := a.handler.Server()
 		srv.TLSConfig = l.tls
+		if n := rt.HTTP.MaxHeaderBytes; n > 0 {
+			srv.MaxHeaderBytes = n
+		}
+		if l.tls != nil { // the server bounds the handshake by the same time
+			srv.ReadHeaderTimeout = min(srv.ReadHeaderTimeout, rt.Limits.HTTPSHandshake)
+		}
 		servers = append(servers, srv)
 		wg.Go(func() {
 			var err error

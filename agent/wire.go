@@ -34,6 +34,8 @@ func newMember(rt *config.Runtime, id string, opts Options, log hclog.Logger) (m
 		RetryInterval: rt.Cluster.RetryInterval, RetryIntervalWAN: rt.Cluster.RetryIntervalWAN,
 		RetryMax: rt.Cluster.RetryMax, RetryMaxWAN: rt.Cluster.RetryMaxWAN,
 		RejoinAfterLeave: rt.Cluster.RejoinAfterLeave, GossipKey: rt.Cluster.Encrypt,
+		GossipAcceptsClear: !rt.Cluster.EncryptVerifyIn, GossipSendsClear: !rt.Cluster.EncryptVerifyOut,
+		AllowedLAN: rt.Cluster.LANAllowed, AllowedWAN: rt.Cluster.WANAllowed,
 		ReconnectTimeoutLAN: rt.Cluster.ReconnectLAN, ReconnectTimeoutWAN: rt.Cluster.ReconnectWAN,
 		VerifyServerHostname: rt.TLS.InternalRPC.VerifyServerHostname,
 		RaftMultiplier:       rt.Performance.RaftMultiplier, LeaveDrainTime: rt.Cluster.LeaveDrain, RPCHoldTimeout: rt.Performance.RPCHold,

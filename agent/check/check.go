@@ -25,7 +25,7 @@ const (
 	Critical = "critical"
 )
 
-// MaxOutput bounds the output kept of a check, in bytes.
+// MaxOutput bounds the output kept of a check, in bytes, where [Config] does not.
 const MaxOutput = 4096
 
 // firstWait is the time within which a check runs first, and from which the time
@@ -40,7 +40,10 @@ type Config struct {
 	// Update is told each result. It is called from the scheduler's goroutines,
 	// one at a time for one check, and must not block for long.
 	Update func(id, status, output string)
-	Logger hclog.Logger
+	// MaxOutput bounds the output told, in bytes; 0 is the constant of that name,
+	// and less than 0 is no output at all.
+	MaxOutput int
+	Logger    hclog.Logger
 	// Jitter returns a random part of d, for the first run of a check; nil is
 	// uniform. It keeps an agent's checks from all running at one moment.
 	Jitter func(d time.Duration) time.Duration
@@ -69,6 +72,10 @@ func New(cfg Config) *Scheduler {
 	if cfg.Logger == nil {
 		cfg.Logger = hclog.NewNullLogger()
 	}
+	if cfg.MaxOutput == 0 {
+		cfg.MaxOutput = MaxOutput
+	}
+	cfg.MaxOutput = max(cfg.MaxOutput, 0)
 	if cfg.Jitter == nil {
 		cfg.Jitter = func(d time.Duration) time.Duration { return rand.N(max(d, 1)) }
 	}
@@ -147,7 +154,7 @@ func (s *Scheduler) runner(id string, def catalog.CheckDefinition) func(context.
 		}
 		return func(ctx context.Context, t *task) { s.watchTTL(ctx, id, ttl, t) }
 	case def.HTTP != "":
-		return s.periodic(id, def, httpProber(def))
+		return s.periodic(id, def, httpProber(def, s.cfg.MaxOutput))
 	case def.TCP != "":
 		return s.periodic(id, def, tcpProber(def))
 	}
@@ -207,8 +214,8 @@ func (s *Scheduler) periodic(id string, def catalog.CheckDefinition, p prober) f
 			if ctx.Err() != nil {
 				return
 			}
-			if len(output) > MaxOutput {
-				output = output[:MaxOutput]
+			if len(output) > s.cfg.MaxOutput {
+				output = output[:s.cfg.MaxOutput]
 			}
 			if status, ok := count.add(status); ok {
 				s.cfg.Update(id, status, output)

@@ -91,10 +91,10 @@ func TestProbes(t *testing.T) {
 		p    prober
 		want string
 	}{
-		{"http 200", httpProber(catalog.CheckDefinition{HTTP: srv.URL + "/200"}), Passing},
-		{"http 429", httpProber(catalog.CheckDefinition{HTTP: srv.URL + "/429"}), Warning},
-		{"http 503", httpProber(catalog.CheckDefinition{HTTP: srv.URL + "/503"}), Critical},
-		{"http refused", httpProber(catalog.CheckDefinition{HTTP: "http://" + closed}), Critical},
+		{"http 200", httpProber(catalog.CheckDefinition{HTTP: srv.URL + "/200"}, MaxOutput), Passing},
+		{"http 429", httpProber(catalog.CheckDefinition{HTTP: srv.URL + "/429"}, MaxOutput), Warning},
+		{"http 503", httpProber(catalog.CheckDefinition{HTTP: srv.URL + "/503"}, MaxOutput), Critical},
+		{"http refused", httpProber(catalog.CheckDefinition{HTTP: "http://" + closed}, MaxOutput), Critical},
 		{"tcp open", tcpProber(catalog.CheckDefinition{TCP: srv.Listener.Addr().String()}), Passing},
 		{"tcp refused", tcpProber(catalog.CheckDefinition{TCP: closed}), Critical},
 	} {

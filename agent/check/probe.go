@@ -47,10 +47,11 @@ func (p *tcp) close() {}
 type web struct {
 	client *http.Client
 	def    catalog.CheckDefinition
+	most   int // bytes of the body to read
 }
 
-func httpProber(def catalog.CheckDefinition) prober {
-	p := &web{def: def, client: &http.Client{Transport: &http.Transport{
+func httpProber(def catalog.CheckDefinition, most int) prober {
+	p := &web{def: def, most: most, client: &http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,                                                                              // a check must find out whether one can connect
 		TLSClientConfig:   &tls.Config{ServerName: def.TLSServerName, InsecureSkipVerify: def.TLSSkipVerify}, //nolint:gosec // the operator's choice, per check
 	}}}
@@ -85,7 +86,7 @@ func (p *web) probe(ctx context.Context) (status, output string) {
 		return Critical, err.Error()
 	}
 	defer resp.Body.Close() //nolint:errcheck // nothing is left to do about it
-	body, _ := io.ReadAll(io.LimitReader(resp.Body, MaxOutput))
+	body, _ := io.ReadAll(io.LimitReader(resp.Body, int64(p.most)))
 	output = fmt.Sprintf("HTTP %s %s: %s Output: %s", method, p.def.HTTP, resp.Status, body)
 	switch {
 	case resp.StatusCode >= 200 && resp.StatusCode < 300:

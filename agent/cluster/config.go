@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"strconv"
 	"strings"
 	"time"
@@ -88,6 +89,12 @@ type Config struct {
 	// GossipKey encrypts gossip in both pools: base64 of 16, 24 or 32 bytes; empty
 	// sends clear text.
 	GossipKey acl.Secret
+	// GossipAcceptsClear and GossipSendsClear let clear text in and out although
+	// there is a key, for the time in which a pool gets one.
+	GossipAcceptsClear, GossipSendsClear bool
+	// AllowedLAN and AllowedWAN are the networks that members may be in; empty is
+	// every one.
+	AllowedLAN, AllowedWAN []netip.Prefix
 	// ReconnectTimeoutLAN is how long a failed member is remembered; 0 means 72 h.
 	ReconnectTimeoutLAN, ReconnectTimeoutWAN time.Duration
 

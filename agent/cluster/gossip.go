@@ -84,6 +84,16 @@ func openPool(ctx context.Context, c *Config, wan bool, tags map[string]string, 
 		return nil, err
 	}
 	ml.SecretKey = key
+	ml.GossipVerifyIncoming, ml.GossipVerifyOutgoing = !c.GossipAcceptsClear, !c.GossipSendsClear
+	allowed := c.AllowedLAN
+	if wan {
+		allowed = c.AllowedWAN
+	}
+	for _, p := range allowed {
+		ml.CIDRsAllowed = append(ml.CIDRsAllowed, net.IPNet{
+			IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen()),
+		})
+	}
 
 	if c.DataDir != "" {
 		conf.SnapshotPath = filepath.Join(c.DataDir, "serf", snapshot+".snapshot")

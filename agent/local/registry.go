@@ -40,6 +40,9 @@ type Config struct {
 	// SidecarMinPort and SidecarMaxPort bound the ports given to sidecars that
 	// name none; 0 and 0 give none.
 	SidecarMinPort, SidecarMaxPort int
+	// DeregisterCritical is how long a check may be critical before its service is
+	// deregistered, where the check does not say; 0 is for ever.
+	DeregisterCritical time.Duration
 	// CheckSupported says why a check cannot be run here; nil accepts all.
 	CheckSupported func(catalog.CheckDefinition) error
 	// Beat is told of each update of a TTL check; nil for nobody.
@@ -469,8 +472,11 @@ func (r *Registry) overdue(now time.Time) []string {
 	defer r.mu.Unlock()
 	var ids []string
 	for _, c := range r.checks {
-		after, err := time.ParseDuration(c.Def.DeregisterCriticalServiceAfter)
-		if err != nil || after <= 0 || c.Check.ServiceID == "" || c.Check.Status != api.HealthCritical {
+		after := r.cfg.DeregisterCritical
+		if own := c.Def.DeregisterCriticalServiceAfter; own != "" {
+			after, _ = time.ParseDuration(own) // 0, which is never, for what is none
+		}
+		if after <= 0 || c.Check.ServiceID == "" || c.Check.Status != api.HealthCritical {
 			continue
 		}
 		if now.Sub(c.criticalAt) >= max(after, least) {
