@@ -6,7 +6,6 @@ import (
 	"flag"
 	"fmt"
 	"strconv"
-	"strings"
 
 	"github.com/hashicorp/consul/api"
 )
@@ -14,7 +13,6 @@ import (
 func (e *env) connectCommands() []*command {
 	var allow, deny, replace, destination, source bool
 	var file, description string
-	meta := keyValues{}
 	// exact takes the two names of an intention.
 	exact := func(c *call) (*api.Client, string, string, error) {
 		if len(c.args) != 2 {
@@ -32,7 +30,6 @@ func (e *env) connectCommands() []*command {
 				fs.BoolVar(&deny, "deny", false, "deny the connection")
 				fs.BoolVar(&replace, "replace", false, "replace an intention that exists")
 				fs.StringVar(&description, "description", "", "`text` that says what it is for")
-				fs.Var(meta, "meta", "`key=value` to keep with it; may be repeated")
 			},
 			run: func(c *call) error {
 				client, src, dst, err := exact(c)
@@ -45,9 +42,6 @@ func (e *env) connectCommands() []*command {
 				i := &api.Intention{SourceName: src, DestinationName: dst, SourceType: api.IntentionSourceConsul, Action: api.IntentionActionAllow, Description: description}
 				if deny {
 					i.Action = api.IntentionActionDeny
-				}
-				if len(meta) > 0 {
-					i.Meta = meta
 				}
 				if !replace {
 					old, _, err := client.Connect().IntentionGetExact(src, dst, nil)
@@ -254,25 +248,3 @@ type exitCode int
 
 // Error implements [error].
 func (c exitCode) Error() string { return "exit code " + strconv.Itoa(int(c)) }
-
-// keyValues is a flag that may be repeated.
-type keyValues map[string]string
-
-// String implements [flag.Value].
-func (m keyValues) String() string {
-	var b []string
-	for _, k := range sorted(m) {
-		b = append(b, k+"="+m[k])
-	}
-	return strings.Join(b, ",")
-}
-
-// Set implements [flag.Value].
-func (m keyValues) Set(s string) error {
-	k, v, ok := strings.Cut(s, "=")
-	if !ok || k == "" {
-		return fmt.Errorf("%q is not of the form key=value", s)
-	}
-	m[k] = v
-	return nil
-}

@@ -435,7 +435,7 @@ func (p *foreground) tell(ctx context.Context, manager *proxycfg.Manager, runner
 		for _, st := range runner.Status() {
 			if !p.outward {
 				// Nobody connects to it, so that it leads nowhere is no news.
-				own := "service " + st.Service
+				own := "service " + p.source.leaf.service.String() + ":"
 				st.Warnings = slices.DeleteFunc(slices.Clone(st.Warnings), func(w string) bool { return strings.HasPrefix(w, own) })
 			}
 			if text := fmt.Sprint(st.State, st.Reason, st.Warnings); text != said {

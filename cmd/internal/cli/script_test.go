@@ -8,6 +8,7 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"io"
 	"math/big"
@@ -23,15 +24,6 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	// What the environment says of some agent is not meant for those of the tests.
-	for _, kv := range os.Environ() {
-		name, _, _ := strings.Cut(kv, "=")
-		if strings.HasPrefix(name, "CONSUL_") || strings.HasPrefix(name, "CONNECT_") {
-			if err := os.Unsetenv(name); err != nil {
-				panic(err)
-			}
-		}
-	}
 	testscript.Main(m, map[string]func(){
 		"sluice":  func() { os.Exit(Run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr)) },
 		"tlsecho": func() { serve(true) },
@@ -216,7 +208,8 @@ func serve(secure bool) {
 }
 
 // get is the command tlsget ADDRESS SERVERNAME, or get ADDRESS: it prints the line
-// that a server sends. A last argument "once" does not wait for one.
+// that a server sends. It tries until there is one, but only once with "once" as
+// the last argument; with "refused" until it is connected and gets none.
 func get(secure bool) {
 	args := os.Args[1:]
 	attempt := func() error {
@@ -233,17 +226,31 @@ func get(secure bool) {
 		}
 		line, err := bufio.NewReader(conn).ReadString('\n')
 		if err != nil && (err != io.EOF || line == "") {
-			return fmt.Errorf("read: %w", err)
+			return fmt.Errorf("%w: %w", errNoAnswer, err)
 		}
 		fmt.Print(line)
 		return nil
 	}
-	if args[len(args)-1] == "once" {
+	switch args[len(args)-1] {
+	case "once":
 		check(attempt())
-		return
+	case "refused":
+		check(try(func() error {
+			err := attempt()
+			if err == nil {
+				return errors.New("there was an answer")
+			}
+			if errors.Is(err, errNoAnswer) {
+				return nil
+			}
+			return err
+		}))
+	default:
+		check(try(attempt))
 	}
-	check(try(attempt))
 }
+
+var errNoAnswer = errors.New("no answer")
 
 func check(err error) {
 	if err != nil {
