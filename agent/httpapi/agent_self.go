@@ -79,7 +79,7 @@ func (c *call) agentHost() (any, error) {
 			"hostname":   hostname,
 			"os":         runtime.GOOS,
 			"kernelArch": runtime.GOARCH,
-			"goVersion":  goVersion,
+			"goVersion":  runtime.Version(),
 		},
 		"CPU":            map[string]any{"cores": runtime.NumCPU()},
 		"Memory":         map[string]any{"process": mem.Sys},

@@ -27,24 +27,25 @@ func emptyIfNil[T any](list []T) []T {
 	return list
 }
 
-// matchesMeta says whether a node has all metadata asked for.
-func (c *call) matchesMeta(n *catalog.Node) bool {
+// matchesNode says whether a node has all metadata asked for, and comes from the
+// peer asked for; there are none but this cluster's own so far.
+func (c *call) matchesNode(n *catalog.Node) bool {
 	for k, v := range c.opts.nodeMeta {
 		if got, ok := n.Meta[k]; !ok || got != v {
 			return false
 		}
 	}
-	return true
+	return n.PeerName == c.opts.peer
 }
 
-// matchesTags says whether a service has all tags asked for.
-func (c *call) matchesTags(s *catalog.Service) bool {
+// matches says whether an instance is on such a node and has all tags asked for.
+func (c *call) matches(inst *catalog.Instance) bool {
 	for _, want := range c.opts.tags {
-		if want != "" && !slices.ContainsFunc(s.Tags, func(t string) bool { return strings.EqualFold(t, want) }) {
+		if want != "" && !slices.ContainsFunc(inst.Service.Tags, func(t string) bool { return strings.EqualFold(t, want) }) {
 			return false
 		}
 	}
-	return true
+	return c.matchesNode(inst.Node)
 }
 
 // nearest moves what is on the node asked for to the front.
@@ -81,7 +82,7 @@ func (c *call) catalogNodes() (any, error) {
 		}
 		out := []*catalog.Node{}
 		for _, n := range nodes {
-			if c.matchesMeta(n) {
+			if c.matchesNode(n) {
 				out = append(out, n)
 			}
 		}
@@ -92,7 +93,7 @@ func (c *call) catalogNodes() (any, error) {
 
 func (c *call) catalogServices() (any, error) {
 	return c.blocking(func(ws memdb.WatchSet) (uint64, any, error) {
-		if c.opts.filter == "" && len(c.opts.nodeMeta) == 0 {
+		if c.opts.filter == "" && len(c.opts.nodeMeta) == 0 && c.opts.peer == "" {
 			idx, list, err := c.store().ServiceList(ws)
 			return idx, list, err
 		}
@@ -118,7 +119,7 @@ func (c *call) catalogServices() (any, error) {
 func (c *call) flat(instances []*catalog.Instance) ([]*flatService, error) {
 	out := []*flatService{}
 	for _, inst := range instances {
-		if c.matchesMeta(inst.Node) && c.matchesTags(inst.Service) {
+		if c.matches(inst) {
 			out = append(out, flatten(inst))
 		}
 	}

@@ -74,6 +74,7 @@ func TestCatalog(t *testing.T) {
 		{"near", names(cat.Service("web", "", q(func(o *api.QueryOptions) { o.Near = "n2" }))), "n2/web n1/web"},
 		{"near agent", names(cat.Service("web", "", q(func(o *api.QueryOptions) { o.Near = "_agent" }))), "n1/web n2/web"},
 		{"none", names(cat.Service("none", "", nil)), ""},
+		{"peer", names(cat.Service("web", "", q(func(o *api.QueryOptions) { o.Peer = "p" }))), ""},
 		{"connect", names(cat.Connect("web", "", nil)), "n1/web-sidecar-proxy"},
 	} {
 		if c.got != c.want {

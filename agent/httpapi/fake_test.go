@@ -439,5 +439,3 @@ func (a answer) want(t testing.TB, code int, body string) {
 		t.Errorf("answer = %d %q, want %d %q", a.code, a.body, code, body)
 	}
 }
-
-func ptr[T any](v T) *T { return &v }

@@ -12,7 +12,6 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -446,7 +445,11 @@ func (c *call) answerError(err error) {
 		c.w.Header().Set("X-Consul-Reason", e.reason)
 	}
 	if code >= 500 {
-		c.h.logger.Error("request failed", "method", c.r.Method, "path", c.r.URL.Path, "from", c.r.RemoteAddr, "error", err)
+		level := hclog.Warn
+		if c.peer || c.inProcess {
+			level = hclog.Debug // who asked reports it
+		}
+		c.h.logger.Log(level, "request failed", "method", c.r.Method, "path", c.r.URL.Path, "peer_addr", c.r.RemoteAddr, "error", err)
 	}
 	c.write(code, "text/plain; charset=utf-8", []byte(text))
 }
@@ -489,6 +492,3 @@ func acceptsGzip(header http.Header) bool {
 func (h *Handler) buildDate() string { return h.cfg.BuildDate.UTC().Format(time.RFC3339) }
 
 func (h *Handler) isServer() bool { return h.cluster.Store() != nil }
-
-// goVersion is here because the version endpoints show it.
-var goVersion = runtime.Version()

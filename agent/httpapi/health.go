@@ -38,7 +38,7 @@ func (c *call) healthInstances(read instanceReader) (any, error) {
 		}
 		out := []*entry{}
 		for _, inst := range instances {
-			if c.matchesMeta(inst.Node) && c.matchesTags(inst.Service) && (!passing || allPassing(inst.Checks)) {
+			if c.matches(inst) && (!passing || allPassing(inst.Checks)) {
 				out = append(out, entryOf(inst))
 			}
 		}
@@ -60,12 +60,12 @@ func (c *call) checkList(read func(memdb.WatchSet) (uint64, []*catalog.Check, er
 		}
 		out := []*catalog.Check{}
 		for _, k := range checks {
-			if len(c.opts.nodeMeta) > 0 {
+			if len(c.opts.nodeMeta) > 0 || c.opts.peer != "" {
 				_, n, err := c.store().Node(ws, k.Node)
 				if err != nil {
 					return 0, nil, err
 				}
-				if n == nil || !c.matchesMeta(n) {
+				if n == nil || !c.matchesNode(n) {
 					continue
 				}
 			}

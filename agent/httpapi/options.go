@@ -24,6 +24,7 @@ type options struct {
 	maxStale time.Duration
 	filter   string
 	near     string
+	peer     string
 	nodeMeta map[string]string
 	tags     []string
 }
@@ -35,6 +36,7 @@ func parseOptions(r *http.Request, q url.Values, cfg Config) (options, error) {
 		hash:   q.Get("hash"),
 		filter: q.Get("filter"),
 		near:   q.Get("near"),
+		peer:   q.Get("peer"),
 		tags:   q["tag"],
 		wait:   cfg.DefaultQueryTime,
 	}
