@@ -269,7 +269,14 @@ func (a *authority) RoundTrip(r *http.Request) (*http.Response, error) {
 		}
 		list.Node = a.node
 		for _, s := range a.services {
-			list.Services = append(list.Services, s)
+			shown := *s // the API shows blocks that say nothing
+			if shown.Proxy == nil {
+				shown.Proxy = &api.AgentServiceConnectProxyConfig{}
+			}
+			if shown.Connect == nil {
+				shown.Connect = &api.AgentServiceConnect{}
+			}
+			list.Services = append(list.Services, &shown)
 		}
 		out = list
 	case "GET /v1/health/node/n1":

@@ -353,6 +353,13 @@ func bare(s *catalog.Service) *catalog.Service {
 			n.TaggedAddresses[k] = v
 		}
 	}
+	// The API shows these blocks for every service, empty where they say nothing.
+	if !catalog.IsProxy(s) {
+		n.Proxy = nil
+	}
+	if !catalog.IsConnectNative(s) {
+		n.Connect = nil
+	}
 	if len(n.Tags) == 0 {
 		n.Tags = nil
 	}
