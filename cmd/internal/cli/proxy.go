@@ -513,7 +513,10 @@ func (p *foreground) keepRegistered(ctx context.Context, bound <-chan struct{}) 
 	defer tick.Stop()
 	id := p.registration.ID
 	defer func() {
-		if err := p.client.Agent().ServiceDeregister(id); err != nil {
+		const limit = 5 * time.Second
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), limit)
+		defer cancel()
+		if err := p.client.Agent().ServiceDeregisterOpts(id, new(api.QueryOptions).WithContext(ctx)); err != nil {
 			p.logger.Warn("proxy not deregistered", "proxy_id", id, "error", err)
 		}
 	}()
