@@ -35,6 +35,8 @@ type Forwarder struct {
 	changed atomic.Pointer[chan struct{}]
 	refused refusals
 	fault   atomic.Pointer[string]
+	// faultLogged is when a fault was last logged, 0 for never.
+	faultLogged atomic.Int64
 }
 
 var _ gateway.DataPlane = (*Forwarder)(nil)
@@ -127,10 +129,15 @@ func (f *Forwarder) Apply(t *gateway.Table) {
 // now reads the forwarder's clock, which is monotonic.
 func (f *Forwarder) now() int64 { return int64(time.Since(f.epoch)) }
 
+// faultLogInterval bounds how often faults are logged; all show in Status.
+const faultLogInterval = time.Second
+
 // fail records a fault of the data plane itself.
 func (f *Forwarder) fail(err error) {
 	text := err.Error()
-	if old := f.fault.Swap(&text); old == nil || *old != text {
+	f.fault.Store(&text)
+	now, last := f.now(), f.faultLogged.Load()
+	if (last == 0 || now-last >= int64(faultLogInterval)) && f.faultLogged.CompareAndSwap(last, now) {
 		f.log.Error("data plane fault", "error", err)
 	}
 }

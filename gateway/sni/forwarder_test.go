@@ -307,7 +307,7 @@ func TestNextEndpointAfterRefusal(t *testing.T) {
 // blackhole is an address whose SYNs are not answered: a full backlog.
 func blackhole(t testing.TB) string {
 	t.Helper()
-	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -3,6 +3,7 @@ package sni
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
@@ -10,6 +11,7 @@ import (
 	"strconv"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/sluicemesh/sluice/gateway"
@@ -194,9 +196,15 @@ func (e *netpoll) serve(p *netpollConn) {
 	}
 	var d dial
 	d.begin(f, cl, f.now())
-	if !e.connect(p, &d) {
-		reason, detail := gateway.RefuseClientGone, "shutting down"
-		if e.ctx.Err() == nil {
+	if ok, err := e.connect(p, &d); !ok {
+		var reason, detail string
+		switch {
+		case e.ctx.Err() != nil:
+			reason, detail = gateway.RefuseClientGone, "shutting down"
+		case err != nil:
+			f.fail(fmt.Errorf("connect to %s: socket: %w", d.addr, err))
+			reason, detail = gateway.RefuseLimit, "socket: "+err.Error()
+		default:
 			reason, detail = d.refusal()
 		}
 		f.refuse(p.l, peer, &h, n, reason, detail)
@@ -263,17 +271,20 @@ func (e *netpoll) readHello(p *netpollConn, bp *[]byte, h *hello) (n int, reason
 	return n, h.parse(scan.message((*bp)[:n], scratch)), ""
 }
 
-// connect tries endpoints until one is connected.
-func (e *netpoll) connect(p *netpollConn, d *dial) bool {
+// connect tries endpoints until one is connected. An error is ours, and no
+// endpoint's.
+func (e *netpoll) connect(p *netpollConn, d *dial) (bool, error) {
 	for now := e.f.now(); d.next(now); now = e.f.now() {
 		dialer := net.Dialer{Timeout: d.timeout(now), KeepAliveConfig: e.keepalive(d.tier.keepalive)}
 		c, err := dialer.DialContext(e.ctx, "tcp", d.addr.String())
 		if err != nil {
-			if e.ctx.Err() != nil {
+			cause := connectError(err)
+			own := e.ctx.Err() != nil || cause == syscall.EMFILE || cause == syscall.ENFILE || cause == syscall.ENOBUFS
+			if own {
 				d.abandon()
-				return false
+				return false, cause
 			}
-			d.failed(e.f.now(), connectError(err))
+			d.failed(e.f.now(), cause)
 			continue
 		}
 		e.mu.Lock()
@@ -282,11 +293,11 @@ func (e *netpoll) connect(p *netpollConn, d *dial) bool {
 		e.mu.Unlock()
 		if ended {
 			d.abandon()
-			return false
+			return false, net.ErrClosed
 		}
-		return true
+		return true, nil
 	}
-	return false
+	return false, nil
 }
 
 // connectError takes the addresses off an error of net, which repeat what is
