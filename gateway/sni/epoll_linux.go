@@ -179,14 +179,15 @@ type begun struct {
 const (
 	readBuffer = 64 << 10
 	pipeSize   = 256 << 10
+	leastPipe  = 64 << 10
 	// burst bounds what is moved for one connection before others have their
 	// turn.
 	burst = 2 << 20
 	// bulkLeast is what a splice must have moved for the next to be worth it.
 	bulkLeast  = 32 << 10
-	maxPipes   = 1024 // in use by one loop
-	keepPipes  = 32   // unused in its pool
-	keepBlocks = 64   // of each size
+	maxPipes   = 256 // in use by one loop: 512 descriptors, 64 MiB when all are full
+	keepPipes  = 32  // unused in its pool
+	keepBlocks = 64  // of each size
 
 	tickShift  = 23 // a tick is 8.4 ms
 	wheelSlots = 1024
@@ -265,7 +266,7 @@ func newLoop(e *epoll, worker int) (*loop, error) {
 	}
 	l := &loop{
 		e: e, f: e.f, worker: worker, ep: int32(ep), ev: int32(ev),
-		buf: make([]byte, readBuffer), spare: make([]byte, maxHelloBytes),
+		buf: make([]byte, readBuffer),
 	}
 	if errno := rawEpollCtl(l.ep, unix.EPOLL_CTL_ADD, l.ev, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: wakeEvent}); errno != 0 {
 		l.free()
@@ -563,7 +564,7 @@ func (l *loop) moreHello(c *conn) {
 // route finds the cluster of a complete hello, whose bytes (and maybe some that
 // follow) are data, and begins to connect.
 func (l *loop) route(c *conn, peer netip.AddrPort, data []byte, scan *helloScan) {
-	if reason := l.hello.parse(scan.message(data, l.spare)); reason != "" {
+	if reason := l.parse(data, scan); reason != "" {
 		h := &l.hello
 		if reason == gateway.RefuseNotTLS {
 			h = nil
@@ -587,7 +588,7 @@ func (l *loop) connect(c *conn, peer netip.AddrPort, data []byte, scan *helloSca
 		if e != 0 {
 			d.abandon()
 			l.f.fail(fmt.Errorf("connect to %s: socket: %w", d.addr, e))
-			l.parseAgain(data, scan)
+			l.parse(data, scan)
 			l.refuse(c, peer, &l.hello, data, gateway.RefuseLimit, "socket: "+e.Error())
 			return
 		}
@@ -610,7 +611,7 @@ func (l *loop) connect(c *conn, peer netip.AddrPort, data []byte, scan *helloSca
 		d.failed(l.now, e)
 	}
 	reason, detail := d.refusal()
-	l.parseAgain(data, scan)
+	l.parse(data, scan)
 	l.refuse(c, peer, &l.hello, data, reason, detail)
 }
 
@@ -659,8 +660,14 @@ func (l *loop) nextEndpoint(c *conn, cause error) {
 	l.connect(c, b.peer, b.buf, &b.scan, &b.dial)
 }
 
-// parseAgain reads the hello of a connection whose route was another turn's.
-func (l *loop) parseAgain(data []byte, scan *helloScan) { l.hello.parse(scan.message(data, l.spare)) }
+// parse reads a complete hello into l.hello: once to route it, and again to tell
+// of it when other hellos may have been read since.
+func (l *loop) parse(data []byte, scan *helloScan) (reason string) {
+	if scan.recs > 1 && l.spare == nil {
+		l.spare = make([]byte, maxHelloBytes)
+	}
+	return l.hello.parse(scan.message(data, l.spare))
+}
 
 // open begins to move bytes. sent of data, the hello, are with the endpoint.
 func (l *loop) open(c *conn, peer netip.AddrPort, data []byte, sent int, d *dial) {
@@ -672,7 +679,7 @@ func (l *loop) open(c *conn, peer netip.AddrPort, data []byte, sent int, d *dial
 	if l.f.log.IsTrace() {
 		var scan helloScan
 		if scan.feed(data, maxHelloBytes+1); scan.need > 0 && scan.msg == scan.need {
-			l.parseAgain(data, &scan)
+			l.parse(data, &scan)
 		}
 		l.f.log.Trace("connected", "listener", c.l.name(), "peer_addr", peer, "server_name", string(l.hello.name()),
 			"cluster", c.owner.name, "endpoint", c.ep.key)
@@ -751,7 +758,7 @@ func (l *loop) event(key uint32, gen int32, events uint32) {
 		} else if events&unix.EPOLLERR != 0 {
 			b := c.begun
 			b.dial.abandon()
-			l.parseAgain(b.buf, &b.scan)
+			l.parse(b.buf, &b.scan)
 			l.refuse(c, b.peer, &l.hello, b.buf, gateway.RefuseClientGone, "while connecting to "+b.dial.addr.String())
 		}
 	case phaseOpen:
@@ -1264,8 +1271,15 @@ func (l *loop) pipe() (pipe, bool) {
 	if unix.Pipe2(p[:], unix.O_NONBLOCK|unix.O_CLOEXEC) != nil {
 		return pipe{}, false
 	}
-	// Above the user's quota of pipe pages it stays at its 64 KiB.
-	unix.FcntlInt(uintptr(p[0]), unix.F_SETPIPE_SZ, pipeSize)
+	if _, err := unix.FcntlInt(uintptr(p[0]), unix.F_SETPIPE_SZ, pipeSize); err != nil {
+		// The user's quota of pipe pages (pipe(7)) is used up. What the kernel still
+		// gives may be a pipe of two pages, which is worse than copying.
+		if size, err := unix.FcntlInt(uintptr(p[0]), unix.F_GETPIPE_SZ, 0); err != nil || size < leastPipe {
+			unix.Close(p[0])
+			unix.Close(p[1])
+			return pipe{}, false
+		}
+	}
 	l.pipesIn++
 	return pipe{int32(p[0]), int32(p[1])}, true
 }
