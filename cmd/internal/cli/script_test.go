@@ -52,6 +52,8 @@ func TestScripts(t *testing.T) {
 				}
 				e.Setenv(name, ip)
 			}
+			// A binary with the race detector sleeps for a second before it ends.
+			e.Setenv("GORACE", "atexit_sleep_ms=0")
 			e.Setenv("CONSUL_HTTP_ADDR", e.Getenv("IP")+":8500")
 			return nil
 		},
