@@ -231,12 +231,17 @@ func TestCallsDuringChanges(t *testing.T) {
 			}
 		}
 	})
+	var slowest atomic.Int64
 	start := time.Now()
 	for range concurrency {
 		wg.Go(func() {
 			for next.Add(1) <= calls {
+				begun := time.Now()
 				if err := m.call(); err != nil {
 					t.Errorf("call: %v", err)
+				}
+				took := int64(time.Since(begun))
+				for old := slowest.Load(); took > old && !slowest.CompareAndSwap(old, took); old = slowest.Load() {
 				}
 			}
 		})
@@ -245,7 +250,7 @@ func TestCallsDuringChanges(t *testing.T) {
 	took := time.Since(start)
 	close(done)
 	writer.Wait()
-	t.Logf("%d calls in %v during %d writes", calls, took.Round(time.Millisecond), writes)
+	t.Logf("%d calls in %v, the slowest in %v, during %d writes", calls, took.Round(time.Millisecond), time.Duration(slowest.Load()).Round(time.Millisecond), writes)
 	if writes < 10 {
 		t.Errorf("only %d config entries were written meanwhile", writes)
 	}
