@@ -483,9 +483,11 @@ func (r *registry) commit(p *prepared) {
 
 func (r *registry) compile(c *cluster, spec *gateway.Cluster, p *prepared) *plan {
 	pl := &plan{}
+	listed := make(map[*endpoint]bool, len(spec.Endpoints))
 	for i := range spec.Endpoints {
 		e := &spec.Endpoints[i]
-		if ep := r.endpoint(c, e); !slices.Contains(pl.endpoints, ep) || len(pl.endpoints) == 0 {
+		if ep := r.endpoint(c, e); !listed[ep] {
+			listed[ep] = true
 			pl.endpoints = append(pl.endpoints, ep)
 		}
 		if e.Healthy {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 	"strings"
@@ -341,7 +342,21 @@ func checkListener(l *listener) (netip.AddrPort, error) {
 	if err != nil {
 		return a, fmt.Errorf("address %q is no ip:port", l.address)
 	}
-	return netip.AddrPortFrom(a.Addr().Unmap(), a.Port()), nil
+	ip := a.Addr().Unmap()
+	if ip == netip.IPv6Unspecified() && !hasIPv6() {
+		ip = netip.IPv4Unspecified() // every address of the host is meant
+	}
+	return netip.AddrPortFrom(ip, a.Port()), nil
+}
+
+// hasIPv6 is false where the kernel was told to have none.
+func hasIPv6() bool {
+	ln, err := net.Listen("tcp6", "[::]:0")
+	if err != nil {
+		return false
+	}
+	ln.Close()
+	return true
 }
 
 // Status implements [gateway.DataPlane].
