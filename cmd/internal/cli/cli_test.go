@@ -10,25 +10,6 @@ import (
 	"github.com/hashicorp/consul/api"
 )
 
-func TestEntryFileName(t *testing.T) {
-	for _, test := range []struct{ name, file, text, want string }{
-		{"extension", "a/web.json", `Kind = "mesh"`, "a/web.json"},
-		{"json", "-", "\n  { \"Kind\": \"mesh\" }", "stdin.json"},
-		{"yaml document", "-", "---\nKind: mesh\n", "stdin.yaml"},
-		{"yaml", "-", "# of the mesh\nKind: mesh\n", "stdin.yaml"},
-		{"hcl", "-", "// of the mesh\nKind = \"mesh\"\n", "stdin.hcl"},
-		{"hcl with a colon in the value", "-", "Name = \"a:b\"\n", "stdin.hcl"},
-		{"file without extension", "entry", "Kind: mesh\n", "entry.yaml"},
-		{"comments only", "-", "# nothing\n", "stdin.hcl"},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			if got := entryFileName(test.file, []byte(test.text)); got != test.want {
-				t.Errorf("entryFileName(%q, %q) = %q, want %q", test.file, test.text, got, test.want)
-			}
-		})
-	}
-}
-
 func TestTable(t *testing.T) {
 	var out bytes.Buffer
 	c := &call{env: &env{out: &out}}

@@ -4,10 +4,9 @@ import (
 	"encoding/json"
 	"flag"
 	"fmt"
-	"path/filepath"
-	"strings"
 
 	"github.com/sluicemesh/sluice/agent/config"
+	"github.com/sluicemesh/sluice/agent/configentry"
 )
 
 func (e *env) configCommands() []*command {
@@ -34,11 +33,7 @@ func (e *env) configCommands() []*command {
 				if err != nil {
 					return err
 				}
-				b, err := c.readFile(c.args[0])
-				if err != nil {
-					return err
-				}
-				entries, err := config.ParseEntries(entryFileName(c.args[0], b), b)
+				entries, err := c.entries(c.args[0])
 				if err != nil {
 					return err
 				}
@@ -130,11 +125,7 @@ func (e *env) configCommands() []*command {
 				case filename != "" && kind+name != "":
 					return usage("give either -filename, or -kind and -name")
 				case filename != "":
-					b, err := c.readFile(filename)
-					if err != nil {
-						return err
-					}
-					entries, err := config.ParseEntries(entryFileName(filename, b), b)
+					entries, err := c.entries(filename)
 					if err != nil {
 						return err
 					}
@@ -165,26 +156,15 @@ func (e *env) configCommands() []*command {
 	}
 }
 
-// entryFileName returns a name whose extension tells the format: for standard
-// input, and files without one, the text itself has to.
-func entryFileName(name string, b []byte) string {
-	if name != "-" && filepath.Ext(name) != "" {
-		return name
+// entries reads the configuration entries of a file, or of standard input for -;
+// what the name does not tell of the format the text does.
+func (c *call) entries(name string) ([]configentry.Entry, error) {
+	b, err := c.readFile(name)
+	if err != nil {
+		return nil, err
 	}
 	if name == "-" {
-		name = "stdin"
+		name = "standard input"
 	}
-	for line := range strings.Lines(string(b)) {
-		line = strings.TrimSpace(line)
-		switch {
-		case line == "" || strings.HasPrefix(line, "#") || strings.HasPrefix(line, "//"):
-			continue
-		case strings.HasPrefix(line, "{"):
-			return name + ".json"
-		case line == "---" || strings.Contains(strings.SplitN(line, "=", 2)[0], ":"):
-			return name + ".yaml"
-		}
-		break
-	}
-	return name + ".hcl"
+	return config.ParseEntries(name, b)
 }
