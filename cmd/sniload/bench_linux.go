@@ -1,0 +1,312 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// bench compares contenders. They run side by side and take turns, each test in
+// several rounds; in a ratio a round is compared with the same round only.
+type bench struct {
+	dir     string
+	list    []contender
+	sizes   sizes
+	results results
+	backend *process
+	exe     string
+}
+
+// sizes of a run.
+type sizes struct {
+	rounds, fewRounds int
+	conns, shakes     int
+	idle              int
+	gb                float64
+	play              time.Duration
+	hold              time.Duration
+}
+
+var (
+	fullSizes  = sizes{rounds: 5, fewRounds: 3, conns: 10000, shakes: 1500, idle: 3000, gb: 2, play: 1200 * time.Millisecond, hold: 2 * time.Second}
+	quickSizes = sizes{rounds: 3, fewRounds: 2, conns: 3000, shakes: 400, idle: 2000, gb: .5, play: 500 * time.Millisecond, hold: 500 * time.Millisecond}
+)
+
+// stage is what is done with one set of processes.
+type stage struct {
+	name    string
+	about   string
+	routes  int
+	workers int
+	pinned  bool
+	fresh   bool // processes are started for each measurement
+	skip    []string
+	tests   []stageTest
+}
+
+type stageTest struct {
+	name string // of the tests in report.go
+	few  bool   // rounds
+	full bool   // not in a quick run
+	args []string
+}
+
+func stages(s sizes, cpus int) []stage {
+	conn := []string{"connrate", "-n", strconv.Itoa(s.conns)}
+	play := func(args ...string) []string {
+		return append([]string{"pingpong", "-d", s.play.String()}, args...)
+	}
+	bulk := func(dir string, gb float64) []string {
+		return []string{"bulk", "-dir", dir, "-gb", strconv.FormatFloat(gb, 'f', -1, 64)}
+	}
+	return []stage{
+		{name: "conn", about: "connections and small messages", routes: smallRoutes, workers: cpus, tests: []stageTest{
+			{name: "conn", args: conn},
+			{name: "rr64", args: play("-c", "64")},
+			{name: "rr1", few: true, full: true, args: play("-c", "1")},
+		}},
+		{name: "tls", about: "mutual TLS handshakes", routes: smallRoutes, workers: cpus, tests: []stageTest{
+			{name: "tls", few: true, args: []string{"handshake", "-n", strconv.Itoa(s.shakes)}},
+		}},
+		{name: "bulk", about: "gigabytes", routes: smallRoutes, workers: cpus, tests: []stageTest{
+			{name: "down", args: bulk("down", s.gb)},
+			{name: "up", few: true, full: true, args: bulk("up", s.gb)},
+			{name: "echo", few: true, full: true, args: bulk("echo", s.gb/2)},
+			{name: "rr64k1", few: true, full: true, args: play("-c", "64", "-size", "1024")},
+		}},
+		{name: "idle", about: "open connections", routes: smallRoutes, workers: cpus, fresh: true, skip: []string{direct}, tests: []stageTest{
+			{name: "idle", few: true, args: []string{"idle", "-c", strconv.Itoa(s.idle), "-hold", s.hold.String()}},
+		}},
+		// HAProxy's splicing has nothing to do with routes.
+		{name: "big", about: "100,000 routes", routes: bigRoutes, workers: cpus, skip: []string{"haproxy-splice", direct}, tests: []stageTest{
+			{name: "connbig", few: true, args: append(conn, "-routes", strconv.Itoa(bigRoutes))},
+		}},
+		{name: "pin", about: "the forwarder on one core, the load on another", routes: smallRoutes, workers: 1, pinned: true, skip: []string{"sniproxy"}, tests: []stageTest{
+			{name: "connpin", few: true, full: true, args: conn},
+			{name: "rr64pin", few: true, full: true, args: play("-c", "64")},
+			{name: "downpin", few: true, full: true, args: bulk("down", s.gb)},
+		}},
+	}
+}
+
+func runBench(ctx context.Context, fs *flag.FlagSet, args []string) error {
+	sluice := fs.String("sluice", "bin/sluice", "`path` of sluice")
+	dir := fs.String("dir", "bin/bench", "working `directory`")
+	quick := fs.Bool("quick", false, "fewer and shorter rounds: for a look, not for the record")
+	only := fs.String("only", "", "contenders, comma-separated; default is all that are installed")
+	which := fs.String("stages", "", "stages, comma-separated: conn, tls, bulk, idle, big, pin; default is all")
+	goBench := fs.String("go-bench", "", "`file` with output of go test -bench, for the report")
+	report := fs.String("o", "", "`file` for the report; without, it is printed only")
+	var extra extras
+	fs.Var(&extra, "contender", "`name=command` of one more; {port}, {routes} and {workers} are filled in. May be repeated")
+	if err := fs.Parse(args); err != nil {
+		return err
+	}
+	if done, err := isolate(ctx); done || err != nil {
+		return err
+	}
+	if err := checkSchedstat(); err != nil {
+		return err
+	}
+	b := &bench{sizes: fullSizes}
+	if *quick {
+		b.sizes = quickSizes
+	}
+	var err error
+	if b.dir, err = filepath.Abs(*dir); err != nil {
+		return err
+	}
+	if b.exe, err = os.Executable(); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Join(b.dir, "run"), 0o755); err != nil {
+		return err
+	}
+	info := machineInfo()
+	info.Quick = *quick
+	names := split(*only)
+	for _, c := range append(contenders(*sluice, b.dir), extra...) {
+		switch {
+		case len(names) > 0 && !slices.Contains(names, c.name), len(names) == 0 && *quick && c.full:
+		case !c.installed():
+			fmt.Printf("skipped: %s is not installed\n", c.name)
+		default:
+			b.list = append(b.list, c)
+			info.Contenders = append(info.Contenders, contenderInfo{c.name, c.versionText(ctx)})
+		}
+	}
+	if len(b.list) == 0 {
+		return errors.New("there is nobody to compare")
+	}
+	if b.backend, err = startBackend(ctx); err != nil {
+		return err
+	}
+	defer b.backend.stop()
+	want := split(*which)
+	for _, s := range stages(b.sizes, runtime.NumCPU()) {
+		s.tests = slices.DeleteFunc(s.tests, func(t stageTest) bool { return t.full && *quick })
+		if len(s.tests) == 0 || len(want) > 0 && !slices.Contains(want, s.name) || s.pinned && runtime.NumCPU() < 2 {
+			continue
+		}
+		fmt.Printf("\n%s: %s\n", s.name, s.about)
+		if err := b.stage(ctx, s); err != nil {
+			return err
+		}
+	}
+	var goOut []byte
+	if *goBench != "" {
+		if goOut, err = os.ReadFile(*goBench); err != nil {
+			return err
+		}
+	}
+	text := render(info, &b.results, parseGoBench(goOut))
+	fmt.Println()
+	if _, err := os.Stdout.WriteString(text); err != nil || *report == "" {
+		return err
+	}
+	return os.WriteFile(*report, []byte(text), 0o644)
+}
+
+func split(s string) []string {
+	return strings.FieldsFunc(s, func(r rune) bool { return r == ',' || r == ' ' })
+}
+
+// extras are contenders given on the command line.
+type extras []contender
+
+// String implements [flag.Value].
+func (x *extras) String() string { return "" }
+
+// Set implements [flag.Value].
+func (x *extras) Set(s string) error {
+	name, command, ok := strings.Cut(s, "=")
+	if !ok || name == "" || command == "" {
+		return fmt.Errorf("%q is not name=command", s)
+	}
+	*x = append(*x, contender{name: name, command: strings.Fields(command)})
+	return nil
+}
+
+// stage starts the contenders and runs the stage's tests.
+func (b *bench) stage(ctx context.Context, s stage) error {
+	set := setup{Workers: s.workers, Files: fileLimit(), Dir: filepath.Join(b.dir, "run"), Routes: newRoutes(s.routes, backendAddrs(), tlsAddr)}
+	if s.pinned {
+		// Loads are children of this process, and begin where it is.
+		load := []int{os.Getpid(), b.backend.pid()}
+		pin(load, 1)
+		defer pin(load, all)
+	}
+	run := func(c contender, port int) (*process, error) {
+		set.Port = port
+		p, err := start(ctx, c, set)
+		if err != nil {
+			return nil, err
+		}
+		settle(ctx, 200*time.Millisecond)
+		if s.pinned {
+			pin(processTree(p.pid()), 0)
+		}
+		if len(c.command) > 0 && !s.pinned {
+			b.results.add(sample{Test: fmt.Sprintf("start%d", s.routes), Contender: c.name, Round: b.results.next(fmt.Sprintf("start%d", s.routes), c.name),
+				Metrics: map[string]float64{"took": p.took.Seconds(), "base": float64(memoryOf(processTree(p.pid())).rss)}})
+		}
+		return p, nil
+	}
+	var list []*process
+	defer func() {
+		for _, p := range list {
+			p.stop()
+		}
+	}()
+	port := 21000
+	for _, c := range b.list {
+		if slices.Contains(s.skip, c.name) {
+			continue
+		}
+		port++
+		p, err := run(c, port)
+		if err != nil {
+			if ctx.Err() != nil {
+				return err
+			}
+			fmt.Printf("  left out: %v\n", err)
+			continue
+		}
+		list = append(list, p)
+		if s.fresh {
+			p.stop()
+		}
+	}
+	for _, t := range s.tests {
+		rounds := b.sizes.rounds
+		if t.few {
+			rounds = b.sizes.fewRounds
+		}
+		for round := range rounds {
+			for i := range list {
+				// Who comes first has no advantage for ever.
+				k := (i + round) % len(list)
+				if s.fresh {
+					p, err := run(list[k].contender, int(list[k].addr.Port()))
+					if err != nil {
+						return err
+					}
+					list[k] = p
+				}
+				b.measure(ctx, list[k], t, round)
+				if s.fresh {
+					list[k].stop()
+				}
+				if ctx.Err() != nil {
+					return context.Cause(ctx)
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// measure runs a load against a process. What goes wrong is a result, too.
+func (b *bench) measure(ctx context.Context, p *process, t stageTest, round int) {
+	target := p.addr
+	if len(p.command) == 0 && t.args[0] == "handshake" {
+		target = tlsAddr
+	}
+	args := append(slices.Clone(t.args), "-target", target.String(), "-pid", strconv.Itoa(p.pid()), "-backend-pid", strconv.Itoa(b.backend.pid()))
+	ctx, cancel := context.WithTimeout(ctx, 90*time.Second)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, b.exe, args...)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL}
+	out, err := cmd.Output()
+	s := sample{Test: t.name, Contender: p.name, Round: round}
+	var o outcome
+	if err == nil {
+		err = json.Unmarshal(out, &o)
+	}
+	if err != nil {
+		s.Failed = 1
+		fmt.Printf("  %s %s: %v %s\n", t.name, p.name, err, lastLine(stderr.String()))
+	} else {
+		s.Failed, s.Metrics = o.Failed, o.Metrics
+		if o.Failed > 0 {
+			fmt.Printf("  %s %s: %d failed: %s\n", t.name, p.name, o.Failed, strings.Join(o.Problems, "; "))
+		}
+	}
+	b.results.add(s)
+}

@@ -1,0 +1,164 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"errors"
+	"flag"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+)
+
+// runCheck checks forwarders one after another.
+func runCheck(ctx context.Context, fs *flag.FlagSet, args []string) (err error) {
+	sluice := fs.String("sluice", "bin/sluice", "`path` of sluice")
+	dir := fs.String("dir", "bin/bench", "working `directory`")
+	only := fs.String("only", ours+",sluice-netpoll", "contenders, comma-separated")
+	var extra extras
+	fs.Var(&extra, "contender", "`name=command` of one more; {port}, {routes} and {workers} are filled in. May be repeated")
+	if err := fs.Parse(args); err != nil {
+		return err
+	}
+	if done, err := isolate(ctx); done || err != nil {
+		return err
+	}
+	run, err := filepath.Abs(filepath.Join(*dir, "run"))
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(run, 0o755); err != nil {
+		return err
+	}
+	certs, err := newPKI()
+	if err != nil {
+		return err
+	}
+	if err := certs.write(run); err != nil {
+		return err
+	}
+	backend, err := startBackend(ctx)
+	if err != nil {
+		return err
+	}
+	defer backend.stop()
+	server := newTLSServer(certs)
+	ln, err := net.Listen("tcp", tlsAddr.String())
+	if err != nil {
+		return fmt.Errorf("serve TLS: %w", err)
+	}
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(tls.NewListener(ln, server.TLSConfig)) }()
+	defer func() {
+		server.Close()
+		if e := <-served; !errors.Is(e, http.ErrServerClosed) {
+			err = errors.Join(err, e)
+		}
+	}()
+
+	names := split(*only)
+	var list []contender
+	for _, c := range contenders(*sluice, filepath.Dir(run)) {
+		for _, name := range names {
+			if c.name == name {
+				list = append(list, c)
+			}
+		}
+	}
+	failed := 0
+	for i, c := range append(list, extra...) {
+		fmt.Println(c.name)
+		set := setup{Port: 22000 + i, Workers: 2, Files: fileLimit(), Dir: run, Routes: newRoutes(smallRoutes, backendAddrs(), tlsAddr)}
+		p, err := start(ctx, c, set)
+		if err != nil {
+			return err
+		}
+		n, err := checkProcess(ctx, p, certs, run)
+		p.stop()
+		if err != nil {
+			return err
+		}
+		failed += n
+	}
+	if failed > 0 {
+		return fmt.Errorf("%d checks failed", failed)
+	}
+	return nil
+}
+
+// checkProcess runs the checks and returns how many failed.
+func checkProcess(ctx context.Context, p *process, certs *pki, dir string) (failed int, err error) {
+	k, err := newChecker(p.addr.String(), certs)
+	if err != nil {
+		return 0, err
+	}
+	before := memoryOf(processTree(p.pid()))
+	for _, c := range append(checks[:len(checks):len(checks)], programs(dir)...) {
+		limited, cancel := context.WithTimeout(ctx, 20*time.Second)
+		began := time.Now()
+		err := c.run(k, limited)
+		cancel()
+		text := "ok"
+		switch {
+		case errors.Is(err, exec.ErrNotFound):
+			text = "skipped: " + err.Error()
+		case err != nil:
+			text = "FAILED: " + err.Error()
+			failed++
+		}
+		fmt.Printf("  %-46s %6.0f ms  %s\n", c.name, float64(time.Since(began).Microseconds())/1e3, text)
+	}
+	// Descriptors that stay are of pools; those of 300 connections would be more.
+	settle(ctx, 200*time.Millisecond)
+	after := memoryOf(processTree(p.pid()))
+	text := "ok"
+	if after.files-before.files > 200 {
+		text = "FAILED"
+		failed++
+	}
+	fmt.Printf("  %-46s %9s  %s\n", "descriptors before and after", fmt.Sprintf("%d, %d", before.files, after.files), text)
+	return failed, nil
+}
+
+// programs checks with clients that others wrote, where they are installed.
+func programs(dir string) []check {
+	root, client := filepath.Join(dir, "root.pem"), filepath.Join(dir, "client.pem")
+	curl := func(k *checker, extra ...string) []string {
+		return append([]string{"curl", "--silent", "--show-error", "--cacert", root, "--cert", client,
+			"--connect-to", tlsName + ":443:" + k.target, "https://" + tlsName + "/"}, extra...)
+	}
+	return []check{
+		{"curl gets", func(k *checker, ctx context.Context) error {
+			return program(ctx, "", tlsName+" got 0 bytes", curl(k)...)
+		}},
+		{"curl posts 5 MB", func(k *checker, ctx context.Context) error {
+			return program(ctx, strings.Repeat("x", 5e6), tlsName+" got 5000000 bytes", curl(k, "--header", "Expect:", "--data-binary", "@-")...)
+		}},
+		{"openssl gets", func(k *checker, ctx context.Context) error {
+			return program(ctx, "GET / HTTP/1.0\r\nHost: "+tlsName+"\r\n\r\n", tlsName+" got 0 bytes",
+				"openssl", "s_client", "-quiet", "-connect", k.target, "-servername", tlsName, "-CAfile", root, "-cert", client, "-verify_return_error")
+		}},
+	}
+}
+
+// program runs a client that is to print something.
+func program(ctx context.Context, input, want string, command ...string) error {
+	cmd := exec.CommandContext(ctx, command[0], command[1:]...)
+	cmd.Stdin = strings.NewReader(input)
+	var out, problems bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &problems
+	err := cmd.Run()
+	if bytes.Contains(out.Bytes(), []byte(want)) {
+		return nil // openssl ends with an error where the server closes first
+	}
+	if err != nil {
+		return fmt.Errorf("%w: %s", err, lastLine(problems.String()))
+	}
+	return fmt.Errorf("it printed %q", lastLine(out.String()))
+}

@@ -1,0 +1,262 @@
+package main
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// info is where and with what a report was made.
+type info struct {
+	Model, Kernel, Go, Date string
+	CPUs                    int
+	Memory                  int64 // bytes
+	Quick                   bool
+	Contenders              []contenderInfo
+}
+
+type contenderInfo struct{ Name, Version string }
+
+// column of a table: a metric, times scale.
+type column struct {
+	metric, title string
+	scale         float64
+}
+
+// table shows a test.
+type table struct {
+	test, title, about string
+	columns            []column
+}
+
+func cpu(unit string, scale float64) column {
+	return column{"cpu", "CPU " + unit, scale}
+}
+
+var (
+	connColumns = []column{cpu("µs/conn", 1e6), {"path", "path µs/conn", 1e6}, {"rate", "conn/s", 1}, {"p50", "p50 µs", 1e6}, {"p99", "p99 µs", 1e6}, {"switches", "switches/conn", 1}}
+	tripColumns = []column{cpu("µs/trip", 1e6), {"path", "path µs/trip", 1e6}, {"rate", "trips/s", 1}, {"p50", "p50 µs", 1e6}, {"p99", "p99 µs", 1e6}, {"p999", "p99.9 µs", 1e6}}
+	bulkColumns = []column{cpu("s/GB", 1), {"path", "path s/GB", 1}, {"rate", "GB/s", 1}}
+	baseColumns = []column{{"took", "start ms", 1e3}, {"base", "memory MB", 1e-6}}
+)
+
+var tables = []table{
+	{"conn", "Short connections", "32 at a time: connect, a ClientHello of 1.5 kB, one byte back, close.", connColumns},
+	{"tls", "Mutual TLS handshakes", "TLS 1.3 with X25519MLKEM768 and client certificates, 4 at a time, no resumption; a byte is exchanged. Client and server are crypto/tls.",
+		[]column{cpu("µs/conn", 1e6), {"path", "path µs/conn", 1e6}, {"rate", "handshakes/s", 1}, {"p50", "p50 µs", 1e6}, {"p99", "p99 µs", 1e6}}},
+	{"rr64", "Ping-pong on 64 connections", "One byte there and back, on all at once.", tripColumns},
+	{"rr1", "Ping-pong on one connection", "One byte there and back.", tripColumns},
+	{"rr64k1", "Ping-pong of 1 KiB on 64 connections", "", tripColumns},
+	{"down", "Bulk from server to client", "8 connections.", bulkColumns},
+	{"up", "Bulk from client to server", "8 connections.", bulkColumns},
+	{"echo", "Bulk both ways", "8 connections.", bulkColumns},
+	{"idle", "Idle connections", "Memory is what each connection adds; the kernel's is that of the whole machine, and rough.",
+		[]column{{"user", "user B/conn", 1}, {"kernel", "kernel B/conn", 1}, {"files", "descriptors/conn", 1}, {"idle", "idle CPU %", 100}}},
+	{"start64", "Start", "Until connections are accepted, and resident memory then.", baseColumns},
+	{"start100000", "Start with 100,000 routes", "", baseColumns},
+	{"connbig", "Short connections with 100,000 routes", "", connColumns},
+	{"connpin", "Short connections, the forwarder on one core", "The load has another core.", connColumns},
+	{"rr64pin", "Ping-pong on 64 connections, the forwarder on one core", "", tripColumns},
+	{"downpin", "Bulk from server to client, the forwarder on one core", "", bulkColumns},
+}
+
+// render makes the report, in Markdown.
+func render(i info, r *results, goBench []goResult) string {
+	var b strings.Builder
+	b.WriteString("# Benchmarks\n\nMade by `make bench`; do not edit.\n\n")
+	fmt.Fprintf(&b, "Date %s. %s, %d cores, %.0f GiB; Linux %s; %s.\n", i.Date, i.Model, i.CPUs, float64(i.Memory)/(1<<30), i.Kernel, i.Go)
+	var who []string
+	for _, c := range i.Contenders {
+		if c.Version != "" {
+			who = append(who, c.Name+" "+c.Version)
+		}
+	}
+	if len(who) > 0 {
+		fmt.Fprintf(&b, "Contenders: %s.\n", strings.Join(who, ", "))
+	}
+	if i.Quick {
+		b.WriteString("A quick run, with fewer and shorter rounds: differences below 0.1 mean nothing.\n")
+	}
+	if v, ok := r.strangers(); ok {
+		fmt.Fprintf(&b, "Processes that are no part of it had %.0f%% of the processors meanwhile.\n", 100*v)
+	}
+	b.WriteString(`
+Client, forwarder and server share the machine, on loopback in a network namespace
+of their own, with TCP's reno. CPU is what the forwarder's processes spend on a
+unit of work, path is what client, forwarder and server spend together. Contenders
+take turns; a figure is the median of the rounds, and a ratio is the median of the
+ratios within rounds. Ratios within 0.08 are ties.
+`)
+	if len(r.samples) > 0 {
+		b.WriteString("\n## What is to be reached\n\n" + verdicts(judge(r)))
+	}
+	have := r.tests()
+	for _, t := range tables {
+		if have[t.test] {
+			b.WriteString("\n" + t.render(r))
+		}
+	}
+	if len(goBench) > 0 {
+		b.WriteString("\n## Go benchmarks\n\n" + goTable(goBench))
+	}
+	return b.String()
+}
+
+// strangers is the part of the machine that other processes had, over all.
+func (r *results) strangers() (float64, bool) {
+	var v []float64
+	for _, s := range r.samples {
+		if x, ok := s.Metrics["strangers"]; ok {
+			v = append(v, x)
+		}
+	}
+	return median(v)
+}
+
+func verdicts(all []verdict) string {
+	var b strings.Builder
+	b.WriteString("| | required | aim | measured | |\n|---|---|---|---|---|\n")
+	for _, v := range all {
+		sign := "≤ "
+		if v.atLeast {
+			sign = "≥ "
+		}
+		bound := func(x float64) string {
+			if x == 0 {
+				return ""
+			}
+			return sign + strconv.FormatFloat(x, 'f', -1, 64) + v.unit
+		}
+		got, word := "–", "not measured"
+		if v.ok {
+			got = number(v.got) + v.unit
+			if v.note != "" {
+				got += " (" + v.note + ")"
+			}
+			switch {
+			case !v.passed(v.required):
+				word = "**miss**"
+			case v.aim != 0 && v.passed(v.aim):
+				word = "pass, aim reached"
+			default:
+				word = "pass"
+			}
+		}
+		fmt.Fprintf(&b, "| %s | %s | %s | %s | %s |\n", v.name, bound(v.required), bound(v.aim), got, word)
+	}
+	return b.String()
+}
+
+func (t table) render(r *results) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "## %s\n\n", t.title)
+	if t.about != "" {
+		b.WriteString(t.about + "\n\n")
+	}
+	first := t.columns[0]
+	b.WriteString("| |")
+	for _, c := range t.columns {
+		b.WriteString(" " + c.title + " |")
+	}
+	fmt.Fprintf(&b, " to %s |", reference)
+	// Only what a direct connection has can be compared with it.
+	toDirect := ""
+	for _, m := range []string{"path", "rate"} {
+		if _, ok := r.middle(t.test, direct, m); ok && toDirect == "" {
+			toDirect = m
+			fmt.Fprintf(&b, " %s to %s |", m, direct)
+		}
+	}
+	b.WriteString(" failed |\n|---|" + strings.Repeat("---|", len(t.columns)+2))
+	if toDirect != "" {
+		b.WriteString("---|")
+	}
+	b.WriteString("\n")
+	for _, who := range r.contenders(t.test) {
+		fmt.Fprintf(&b, "| %s |", who)
+		for i, c := range t.columns {
+			v, ok := r.middle(t.test, who, c.metric)
+			switch {
+			case !ok:
+				b.WriteString(" – |")
+			case i == 0:
+				all := slices.Sorted(maps.Values(r.rounds(t.test, who, c.metric)))
+				fmt.Fprintf(&b, " **%s** (%s–%s) |", number(v*c.scale), number(all[0]*c.scale), number(all[len(all)-1]*c.scale))
+			default:
+				fmt.Fprintf(&b, " %s |", number(v*c.scale))
+			}
+		}
+		b.WriteString(ratioCell(r.ratio(t.test, who, reference, first.metric)))
+		if toDirect != "" {
+			b.WriteString(ratioCell(r.ratio(t.test, who, direct, toDirect)))
+		}
+		fmt.Fprintf(&b, " %d |\n", r.failed(t.test, who))
+	}
+	return b.String()
+}
+
+func ratioCell(v float64, ok bool) string {
+	if !ok {
+		return " – |"
+	}
+	return " " + strconv.FormatFloat(v, 'f', 2, 64) + " |"
+}
+
+// number with three digits or so.
+func number(v float64) string {
+	a := max(v, -v)
+	switch {
+	case a == 0:
+		return "0"
+	case a >= 100:
+		return strconv.FormatFloat(v, 'f', 0, 64)
+	case a >= 10:
+		return strconv.FormatFloat(v, 'f', 1, 64)
+	case a >= .1:
+		return strconv.FormatFloat(v, 'f', 2, 64)
+	}
+	return strconv.FormatFloat(v, 'f', 4, 64)
+}
+
+// goResult is a line of output of go test -bench.
+type goResult struct {
+	pkg, name string
+	values    []string // "123 ns/op"
+}
+
+// parseGoBench reads the output of go test -bench, of several packages.
+func parseGoBench(out []byte) []goResult {
+	var all []goResult
+	pkg := ""
+	for line := range strings.Lines(string(out)) {
+		f := strings.Fields(line)
+		if len(f) == 2 && f[0] == "pkg:" {
+			pkg = f[1]
+		}
+		// The name, the number of iterations, then pairs of value and unit.
+		if len(f) < 4 || len(f)%2 != 0 || !strings.HasPrefix(f[0], "Benchmark") {
+			continue
+		}
+		g := goResult{pkg: pkg, name: strings.TrimPrefix(f[0], "Benchmark")}
+		for i := 2; i < len(f); i += 2 {
+			g.values = append(g.values, f[i]+" "+f[i+1])
+		}
+		all = append(all, g)
+	}
+	return all
+}
+
+func goTable(all []goResult) string {
+	var b strings.Builder
+	b.WriteString("| package | benchmark | |\n|---|---|---|\n")
+	for _, g := range all {
+		pkg := g.pkg
+		if _, in, ok := strings.Cut(pkg, "/sluice/"); ok {
+			pkg = in
+		}
+		fmt.Fprintf(&b, "| %s | %s | %s |\n", pkg, g.name, strings.Join(g.values, ", "))
+	}
+	return b.String()
+}
