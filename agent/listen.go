@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"os/user"
 	"strconv"
 	"sync"
 
@@ -65,19 +66,59 @@ func bind(l config.Listen, rt *config.Runtime) (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	if l.Network == "unix" && rt.Network.UnixSocket.Mode != "" {
-		mode, err := strconv.ParseUint(rt.Network.UnixSocket.Mode, 8, 32)
-		if err == nil {
-			err = os.Chmod(l.Address, fs.FileMode(mode))
-		}
-		if err != nil {
-			return nil, errors.Join(fmt.Errorf("unix_sockets.mode %q: %w", rt.Network.UnixSocket.Mode, err), ln.Close())
+	if l.Network == "unix" {
+		if err := permit(l.Address, rt.Network.UnixSocket); err != nil {
+			return nil, errors.Join(err, ln.Close())
 		}
 	}
 	if n := rt.Limits.HTTPMaxConns; n > 0 && l.Network != "unix" {
 		return &limitListener{Listener: ln, limit: n, open: map[string]int{}}, nil
 	}
 	return ln, nil
+}
+
+// permit gives a socket to those who may use it, by name or number. The owner
+// comes first: a change of it may take bits of the mode away.
+func permit(path string, to config.UnixSocket) error {
+	uid, gid := -1, -1
+	var err error
+	if to.User != "" {
+		if uid, err = strconv.Atoi(to.User); err != nil {
+			u, err := user.Lookup(to.User)
+			if err != nil {
+				return fmt.Errorf("unix_sockets.user: %w", err)
+			}
+			if uid, err = strconv.Atoi(u.Uid); err != nil {
+				return fmt.Errorf("unix_sockets.user: %w", err)
+			}
+		}
+	}
+	if to.Group != "" {
+		if gid, err = strconv.Atoi(to.Group); err != nil {
+			g, err := user.LookupGroup(to.Group)
+			if err != nil {
+				return fmt.Errorf("unix_sockets.group: %w", err)
+			}
+			if gid, err = strconv.Atoi(g.Gid); err != nil {
+				return fmt.Errorf("unix_sockets.group: %w", err)
+			}
+		}
+	}
+	if uid >= 0 || gid >= 0 {
+		if err := os.Chown(path, uid, gid); err != nil {
+			return fmt.Errorf("unix_sockets: %w", err)
+		}
+	}
+	if to.Mode != "" {
+		mode, err := strconv.ParseUint(to.Mode, 8, 32)
+		if err == nil {
+			err = os.Chmod(path, fs.FileMode(mode))
+		}
+		if err != nil {
+			return fmt.Errorf("unix_sockets.mode %q: %w", to.Mode, err)
+		}
+	}
+	return nil
 }
 
 // limitListener closes the connections of a client that has too many.
