@@ -70,6 +70,7 @@ type Agent struct {
 	leaves    *connect.LeafManager
 	proxies   *proxycfg.Manager
 	runner    *gateway.Runner
+	reporter  *gateway.Reporter
 	syncer    *local.Syncer
 	central   *local.Central
 	handler   *httpapi.Handler
@@ -210,6 +211,8 @@ func New(opts Options) (_ *Agent, err error) {
 	if err != nil {
 		return nil, err
 	}
+
+	a.reporter = &gateway.Reporter{Status: a.runner.Status, Sink: a.telemetry.global, Interval: metricsInterval}
 
 	if a.listeners, err = bindHTTP(rt); err != nil {
 		return nil, err

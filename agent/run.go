@@ -40,6 +40,8 @@ func (a *Agent) parts() []part {
 		// The data planes get their last known good tables at once.
 		{"proxycfg", a.proxies.Run},
 		{"runner", a.runner.Run},
+		// It reads what the data planes say, and reports once more before they stop.
+		{"metrics", a.reporter.Run},
 		// The API is served from the moment there is something to answer with, and
 		// is the first to stop: nothing new comes in while the rest goes.
 		{"http", a.serveHTTP},

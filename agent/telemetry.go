@@ -22,9 +22,13 @@ type telemetry struct {
 	global   *metrics.Metrics
 }
 
+// metricsInterval is how long the metrics of one display are collected, and how
+// often those of the proxies are reported.
+const metricsInterval = 10 * time.Second
+
 func newTelemetry(rt *config.Runtime) (*telemetry, error) {
-	const interval, retain = 10 * time.Second, time.Minute
-	t := &telemetry{memory: metrics.NewInmemSink(interval, retain)}
+	const retain = time.Minute
+	t := &telemetry{memory: metrics.NewInmemSink(metricsInterval, retain)}
 	sinks := metrics.FanoutSink{t.memory}
 	c := rt.Telemetry
 	if c.PrometheusRetention > 0 {

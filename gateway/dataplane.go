@@ -44,8 +44,14 @@ type ListenerStatus struct {
 	// Active connections, and Accepted since the start.
 	Active   int64
 	Accepted uint64
-	// RefusedTotal connections were closed without reaching an endpoint.
+	// RefusedTotal connections were closed without reaching an endpoint. Refused
+	// has them by reason.
 	RefusedTotal uint64
+	Refused      map[string]uint64 `json:",omitempty"`
+	// Closed are connections that had reached an endpoint and have ended, by one of
+	// the Close constants; those whose end the data plane does not tell are not in
+	// it.
+	Closed map[string]uint64 `json:",omitempty"`
 }
 
 // ClusterStatus tells of one cluster.
@@ -54,6 +60,7 @@ type ClusterStatus struct {
 	Active    int64
 	Connected uint64           // connections that reached an endpoint
 	Failed    uint64           // connections that reached none
+	Retries   uint64           // attempts to connect that were not a connection's first
 	BytesIn   uint64           // from the client to the endpoint
 	BytesOut  uint64           // from the endpoint to the client
 	Endpoints []EndpointStatus `json:",omitempty"`
@@ -99,4 +106,14 @@ const (
 	RefuseIdentity      = "identity"        // sidecar: the peer is somebody else
 	RefuseDenied        = "denied"          // sidecar: an intention forbids it
 	RefuseClientGone    = "client-gone"     // closed before anything could be done
+)
+
+// The reasons of ends of connections that had reached an endpoint.
+const (
+	CloseDone    = "done"    // both sides had no more to say
+	CloseReset   = "reset"   // a side broke off, or could not be written to
+	CloseIdle    = "idle"    // no byte moved for too long
+	CloseDrain   = "drain"   // ended by a drain, at its pace
+	CloseRemoved = "removed" // its listener is gone
+	CloseStopped = "stopped" // the data plane ended
 )

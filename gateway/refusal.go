@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -84,4 +85,49 @@ func (r *Refusal) fields() []any {
 		"listener", r.Listener, "peer_addr", r.Peer, "server_name", r.ServerName,
 		"alpn", r.ALPN, "bytes", r.HelloBytes, "reason", r.Reason, "detail", r.Detail,
 	}
+}
+
+// Tally counts by reason: refusals by the Refuse constants, ends by the Close
+// constants. The zero value is ready; its methods may be called from any
+// goroutine.
+type Tally struct {
+	counts [len(reasons) + 1]atomic.Uint64 // the last is of reasons that are not in the list
+}
+
+var reasons = [...]string{
+	RefuseHelloTimeout, RefuseHelloTooLarge, RefuseNotTLS, RefuseNoServerName, RefuseBadServerName, RefuseNoRoute,
+	RefuseNoEndpoint, RefuseConnect, RefuseLimit, RefuseHandshake, RefuseIdentity, RefuseDenied, RefuseClientGone,
+	CloseDone, CloseReset, CloseIdle, CloseDrain, CloseRemoved, CloseStopped,
+}
+
+// Add counts one.
+func (t *Tally) Add(reason string) {
+	for i := range reasons {
+		if reasons[i] == reason {
+			t.counts[i].Add(1)
+			return
+		}
+	}
+	t.counts[len(reasons)].Add(1)
+}
+
+// Map returns what was counted, without the reasons that never were; nil for
+// nothing.
+func (t *Tally) Map() map[string]uint64 {
+	var out map[string]uint64
+	for i := range t.counts {
+		n := t.counts[i].Load()
+		if n == 0 {
+			continue
+		}
+		if out == nil {
+			out = map[string]uint64{}
+		}
+		name := MetricOther
+		if i < len(reasons) {
+			name = reasons[i]
+		}
+		out[name] = n
+	}
+	return out
 }

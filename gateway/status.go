@@ -46,6 +46,8 @@ type ProxyStatus struct {
 	Stale      bool
 	// FromDisk says that the table is the last known good of an earlier run.
 	FromDisk bool `json:",omitempty"`
+	// CertificateExpires is when the table's certificate does; zero without one.
+	CertificateExpires time.Time `json:",omitzero"`
 	// Warnings are the table's.
 	Warnings []string `json:",omitempty"`
 	// Plane is what the data plane says; nil while none runs.
@@ -150,8 +152,11 @@ func (w *worker) status(now time.Time) ProxyStatus {
 		st.State = PhaseServing
 	}
 	if v.table != nil {
-		if id := v.table.Identity; id != nil && !id.NotAfter.IsZero() && now.After(id.NotAfter) {
-			st.Reason = joinReasons(st.Reason, fmt.Sprintf("the certificate expired at %s", id.NotAfter.UTC().Format(time.RFC3339)))
+		if id := v.table.Identity; id != nil {
+			st.CertificateExpires = id.NotAfter
+		}
+		if at := st.CertificateExpires; !at.IsZero() && now.After(at) {
+			st.Reason = joinReasons(st.Reason, fmt.Sprintf("the certificate expired at %s", at.UTC().Format(time.RFC3339)))
 			st.State, st.Stale = PhaseStale, true
 		}
 		st.Upstreams = upstreams(v)

@@ -23,6 +23,7 @@ type cluster struct {
 type counters struct {
 	active            atomic.Int64
 	connected, failed atomic.Uint64
+	retries           atomic.Uint64
 	in, out           atomic.Uint64 // bytes
 	turn              atomic.Uint64 // of round robin
 }
@@ -176,7 +177,7 @@ func (c *cluster) draw(eps []*endpoint) int {
 
 func (c *cluster) status() gateway.ClusterStatus {
 	st := gateway.ClusterStatus{
-		Name: c.def.Name, Active: c.active.Load(), Connected: c.connected.Load(), Failed: c.failed.Load(),
+		Name: c.def.Name, Active: c.active.Load(), Connected: c.connected.Load(), Failed: c.failed.Load(), Retries: c.retries.Load(),
 		BytesIn: c.in.Load(), BytesOut: c.out.Load(),
 	}
 	for _, e := range c.endpoints {

@@ -24,6 +24,7 @@ type listener struct {
 	active   atomic.Int64
 	accepted atomic.Uint64
 	refused  atomic.Uint64
+	reasons  gateway.Tally // of refusals
 
 	// mu guards what follows.
 	mu  sync.Mutex
@@ -41,10 +42,16 @@ func (l *listener) close() {
 	<-l.done
 }
 
+// refuse counts a connection that was closed without reaching an endpoint.
+func (l *listener) refuse(reason string) {
+	l.refused.Add(1)
+	l.reasons.Add(reason)
+}
+
 func (l *listener) status() gateway.ListenerStatus {
 	st := gateway.ListenerStatus{
 		Name: l.name, Address: l.address,
-		Active: l.active.Load(), Accepted: l.accepted.Load(), RefusedTotal: l.refused.Load(),
+		Active: l.active.Load(), Accepted: l.accepted.Load(), RefusedTotal: l.refused.Load(), Refused: l.reasons.Map(),
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -56,7 +56,7 @@ func (s *Sidecar) inbound(ctx context.Context, l *listener, r *routing, def *gat
 	if errors.Is(err, io.EOF) {
 		// Not a byte came: somebody looked whether the port is open, as health checks
 		// do every few seconds. In the ring they would push out what matters.
-		l.refused.Add(1)
+		l.refuse(gateway.RefuseClientGone)
 		return
 	}
 	if err != nil {
@@ -161,6 +161,9 @@ func (s *Sidecar) dial(ctx context.Context, r *routing, c *cluster, peer net.Add
 		for _, e := range eps {
 			if left == 0 {
 				break
+			}
+			if left < s.cfg.Attempts {
+				t.retries.Add(1)
 			}
 			left--
 			e.active.Add(1)

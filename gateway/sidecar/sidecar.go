@@ -234,7 +234,7 @@ func (s *Sidecar) Status() gateway.Status {
 
 // refuse records that a connection was closed without reaching an endpoint.
 func (s *Sidecar) refuse(l *listener, peer net.Addr, reason string, err error, serverName string) {
-	l.refused.Add(1)
+	l.refuse(reason)
 	f := gateway.Refusal{At: time.Now(), Listener: l.name, Peer: addrString(peer), ServerName: serverName, Reason: reason}
 	if err != nil {
 		f.Detail = err.Error()

@@ -248,6 +248,9 @@ func TestRefusals(t *testing.T) {
 				}); got.Detail == "" {
 					t.Error("the refusal does not say why")
 				}
+				if l := api.Status().Listeners[0]; l.Refused[tc.server] != 1 {
+					t.Errorf("refusals counted: %v, want 1 of %s", l.Refused, tc.server)
+				}
 			}
 		})
 	}
@@ -294,14 +297,18 @@ func TestFailover(t *testing.T) {
 		}
 		_ = c.Close()
 	}
-	failed := map[string]uint64{}
+	failed, retries := map[string]uint64{}, uint64(0)
 	for _, cl := range web.Status().Clusters {
+		retries += cl.Retries
 		for _, e := range cl.Endpoints {
 			failed[cl.Name] += e.Failed
 		}
 	}
 	if failed["second"] == 0 || failed["third"] != 0 {
 		t.Errorf("failures counted: %v", failed)
+	}
+	if retries != failed["second"] { // every failure was followed by another attempt
+		t.Errorf("%d retries counted, want %d", retries, failed["second"])
 	}
 }
 
