@@ -863,3 +863,26 @@ func TestChaos(t *testing.T) {
 		}
 	})
 }
+
+func TestIPv6Endpoint(t *testing.T) {
+	hello := helloFor(t, "web.example")
+	ln, err := net.Listen("tcp6", "[::1]:0")
+	if err != nil {
+		t.Skip("no IPv6: ", err)
+	}
+	addr := ln.Addr().String()
+	ln.Close()
+	onEngines(t, func(t *testing.T, engine string) {
+		b := serveOn(t, addr, func(c *net.TCPConn) {
+			if err := expect(c, hello); err != nil {
+				t.Error(err)
+			}
+			io.WriteString(c, "6")
+		})
+		f := start(t, Config{Engine: engine}, table([]gateway.Cluster{clusterOf("web", b.addr)}, "web.example", "web"))
+		expectTag(t, f.dial(hello), "6")
+		if got := f.cluster("web").Endpoints[0].Address; got != addr {
+			t.Errorf("the endpoint is shown as %s, want %s", got, addr)
+		}
+	})
+}
