@@ -58,7 +58,14 @@ datacenter = %q
 retry_join = [%q]
 retry_interval = "1s"
 performance { leave_drain_time = "200ms" }
-`, dc, n.IP) + fmt.Sprintf(gatewayHCL, ip)})
+services {
+  kind    = "mesh-gateway"
+  name    = "mesh-gateway"
+  address = %[3]q
+  port    = 8443
+  check { name = "listening" tcp = "%[3]s:8443" interval = "1s" }
+}
+`, dc, n.IP, ip)})
 	n.AwaitCatalog("mesh-gateway", 2)
 	return gw
 }

@@ -2,6 +2,8 @@ package agent_test
 
 import (
 	"bytes"
+	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -329,4 +331,30 @@ func TestIntentions(t *testing.T) {
 			t.Logf("%s after %v", action, took.Round(time.Millisecond))
 		}
 	}
+}
+
+// signedBy says whether the root of that ID has signed a certificate, by way of
+// the intermediates that come with it.
+func signedBy(c *api.Client, chainPEM, rootID string) (bool, error) {
+	list, _, err := c.Connect().CARoots(nil)
+	if err != nil {
+		return false, err
+	}
+	roots, between := x509.NewCertPool(), x509.NewCertPool()
+	for _, r := range list.Roots {
+		if r.ID == rootID {
+			roots.AppendCertsFromPEM([]byte(r.RootCertPEM))
+		}
+	}
+	block, rest := pem.Decode([]byte(chainPEM))
+	if block == nil {
+		return false, errors.New("no certificate")
+	}
+	between.AppendCertsFromPEM(rest)
+	leaf, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		return false, err
+	}
+	_, err = leaf.Verify(x509.VerifyOptions{Roots: roots, Intermediates: between, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}})
+	return err == nil, nil
 }
