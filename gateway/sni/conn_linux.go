@@ -1,0 +1,372 @@
+package sni
+
+import (
+	"fmt"
+	"net/netip"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sluicemesh/sluice/gateway"
+)
+
+func (l *loop) conn(id uint32) *conn { return &l.chunks[id/connChunk][id%connChunk] }
+
+func (l *loop) newConn() *conn {
+	if len(l.unused) == 0 {
+		base := uint32(len(l.chunks)) * connChunk
+		l.chunks = append(l.chunks, make([]conn, connChunk))
+		for i := connChunk - 1; i >= 0; i-- {
+			if id := base + uint32(i); id != 0 { // 0 is no connection
+				l.conn(id).id = id
+				l.unused = append(l.unused, id)
+			}
+		}
+	}
+	id := l.unused[len(l.unused)-1]
+	l.unused = l.unused[:len(l.unused)-1]
+	return l.conn(id)
+}
+
+// begin starts with an accepted connection. Its hello is most often here
+// already, and then nothing is kept or waited for.
+func (l *loop) begin(ln *listener, fd int32) {
+	c := l.newConn()
+	c.l, c.phase = ln, phaseHello
+	c.fd = [2]int32{fd, -1}
+	peer := getSockaddr(&l.sa)
+	if ln.full() {
+		l.refuse(c, peer, nil, nil, gateway.RefuseLimit, "max connections of the listener")
+		return
+	}
+	var scan helloScan
+	limit := l.f.cfg.HelloBytes
+	n, e := rawRecv(fd, l.buf[:min(limit, len(l.buf))])
+	switch {
+	case e == unix.EAGAIN:
+		n = 0
+	case e != 0 || n == 0:
+		l.refuse(c, peer, nil, nil, gateway.RefuseClientGone, "")
+		return
+	default:
+		done, reason := scan.feed(l.buf[:n], limit)
+		if reason != "" {
+			l.refuse(c, peer, nil, l.buf[:n], reason, "")
+			return
+		}
+		if done {
+			l.route(c, peer, l.buf[:n], &scan)
+			return
+		}
+	}
+	b := l.newBegun()
+	b.peer, b.scan = peer, scan
+	if n > 0 {
+		b.buf = append(l.block(n), l.buf[:n]...)
+	}
+	c.begun = b
+	l.schedule(c, l.now+int64(l.f.cfg.HelloTimeout))
+	l.watch(c, client, 0)
+}
+
+// moreHello goes on with a hello that did not come in one piece.
+func (l *loop) moreHello(c *conn) {
+	b := c.begun
+	limit := l.f.cfg.HelloBytes
+	for {
+		if len(b.buf) == cap(b.buf) {
+			bigger := append(l.block(min(max(2*len(b.buf), 1), maxHelloBytes)), b.buf...)
+			l.unblock(b.buf)
+			b.buf = bigger
+		}
+		room := b.buf[len(b.buf):min(cap(b.buf), limit)]
+		n, e := rawRecv(c.fd[client], room)
+		switch {
+		case e == unix.EAGAIN:
+			return
+		case e != 0 || n == 0:
+			l.refuse(c, b.peer, nil, b.buf, gateway.RefuseClientGone, "")
+			return
+		}
+		b.buf = b.buf[:len(b.buf)+n]
+		done, reason := b.scan.feed(b.buf, limit)
+		if reason != "" {
+			l.refuse(c, b.peer, nil, b.buf, reason, "")
+			return
+		}
+		if done {
+			l.route(c, b.peer, b.buf, &b.scan)
+			return
+		}
+		if n < len(room) && c.flags[client]&flagHup == 0 {
+			return
+		}
+	}
+}
+
+// route finds the cluster of a complete hello, whose bytes (and maybe some that
+// follow) are data, and begins to connect.
+func (l *loop) route(c *conn, peer netip.AddrPort, data []byte, scan *helloScan) {
+	if reason := l.parse(data, scan); reason != "" {
+		h := &l.hello
+		if reason == gateway.RefuseNotTLS {
+			h = nil
+		}
+		l.refuse(c, peer, h, data, reason, "")
+		return
+	}
+	cl := l.f.routes.Load().lookup(l.hello.name())
+	if cl == nil {
+		l.refuse(c, peer, &l.hello, data, gateway.RefuseNoRoute, "")
+		return
+	}
+	l.dial.begin(l.f, cl, l.now)
+	l.connect(c, peer, data, scan, &l.dial)
+}
+
+// connect tries endpoints until one takes the hello, or one lets us wait.
+func (l *loop) connect(c *conn, peer netip.AddrPort, data []byte, scan *helloScan, d *dial) {
+	for d.next(l.now) {
+		fd, e := rawSocket(family(d.addr.Addr()))
+		if e != 0 {
+			d.abandon()
+			l.f.fail(fmt.Errorf("connect to %s: socket: %w", d.addr, e))
+			l.parse(data, scan)
+			l.refuse(c, peer, &l.hello, data, gateway.RefuseLimit, "socket: "+e.Error())
+			return
+		}
+		if e = rawConnect(fd, d.addr); e == 0 {
+			// On loopback it is connected by now; elsewhere this asks and is told
+			// to wait.
+			var n int
+			if n, e = rawSend(fd, data); e == 0 {
+				c.fd[target] = fd
+				l.open(c, peer, data, n, d)
+				return
+			}
+			if e == unix.EAGAIN {
+				c.fd[target] = fd
+				l.await(c, peer, data, scan, d)
+				return
+			}
+		}
+		rawClose(fd)
+		d.failed(l.now, e)
+	}
+	reason, detail := d.refusal()
+	l.parse(data, scan)
+	l.refuse(c, peer, &l.hello, data, reason, detail)
+}
+
+// await keeps what a connection needs while its endpoint has not answered.
+func (l *loop) await(c *conn, peer netip.AddrPort, data []byte, scan *helloScan, d *dial) {
+	b := c.begun
+	if b == nil {
+		b = l.newBegun()
+		b.peer, b.scan = peer, *scan
+		b.buf = append(l.block(len(data)), data...)
+		c.begun = b
+	}
+	if d != &b.dial {
+		b.dial = *d
+	}
+	c.phase = phaseConnecting
+	l.unschedule(c)
+	l.schedule(c, l.now+int64(d.timeout(l.now)))
+	l.watch(c, target, unix.EPOLLOUT)
+	if c.flags[client]&flagAdded == 0 {
+		l.watch(c, client, 0)
+	}
+}
+
+// answered is called when something has happened to a connection under way.
+func (l *loop) answered(c *conn, events uint32) {
+	b, gen := c.begun, c.gen
+	n, e := rawSend(c.fd[target], b.buf)
+	switch e {
+	case 0:
+		l.open(c, b.peer, b.buf, n, &b.dial)
+		if events&^uint32(unix.EPOLLOUT) != 0 && c.gen == gen && c.phase == phaseOpen {
+			l.pump(c, target) // it spoke first; the edge was this one
+		}
+	case unix.EAGAIN:
+	default:
+		l.nextEndpoint(c, e)
+	}
+}
+
+func (l *loop) nextEndpoint(c *conn, cause error) {
+	b := c.begun
+	rawClose(c.fd[target])
+	c.fd[target], c.flags[target] = -1, 0
+	b.dial.failed(l.now, cause)
+	l.connect(c, b.peer, b.buf, &b.scan, &b.dial)
+}
+
+// parse reads a complete hello into l.hello: once to route it, and again to tell
+// of it when other hellos may have been read since.
+func (l *loop) parse(data []byte, scan *helloScan) (reason string) {
+	if scan.recs > 1 && l.spare == nil {
+		l.spare = make([]byte, maxHelloBytes)
+	}
+	return l.hello.parse(scan.message(data, l.spare))
+}
+
+// open begins to move bytes. sent of data, the hello, are with the endpoint.
+func (l *loop) open(c *conn, peer netip.AddrPort, data []byte, sent int, d *dial) {
+	c.owner, c.ep = d.done()
+	c.count = c.owner.counter(l.worker, len(l.e.loops))
+	add(&c.count.in, sent)
+	c.phase = phaseOpen
+	c.active = l.tick
+	if l.f.log.IsTrace() {
+		var scan helloScan
+		if scan.feed(data, maxHelloBytes+1); scan.need > 0 && scan.msg == scan.need {
+			l.parse(data, &scan)
+		}
+		l.f.log.Trace("connected", "listener", c.l.name(), "peer_addr", peer, "server_name", string(l.hello.name()),
+			"cluster", c.owner.name, "endpoint", c.ep.key)
+	}
+	var out uint32
+	if sent < len(data) {
+		h := l.newHeld()
+		h.buf = append(l.block(len(data)-sent), data[sent:]...)
+		h.data = h.buf
+		c.held[client] = h
+		out = unix.EPOLLOUT
+	}
+	// Keepalive is for connections that last: set then, it costs the short ones
+	// nothing.
+	wait := min(l.f.cfg.Keepalive.Idle/2, l.f.cfg.keepalive(d.tier.keepalive).Idle/2, 10*time.Second)
+	if idle := l.f.cfg.idleLimit(false); idle > 0 {
+		wait = min(wait, idle)
+	}
+	waited := c.begun != nil
+	if waited {
+		l.dropBegun(c)
+		l.unschedule(c)
+	}
+	l.schedule(c, l.now+int64(wait))
+	l.watch(c, target, out)
+	if c.flags[client]&flagAdded == 0 {
+		l.watch(c, client, 0)
+	} else {
+		// Edges that came before are gone.
+		l.pump(c, client)
+	}
+}
+
+// watch puts a side into the epoll set, or adds EPOLLOUT to what is watched.
+func (l *loop) watch(c *conn, side int, out uint32) {
+	op := unix.EPOLL_CTL_ADD
+	switch {
+	case c.flags[side]&flagAdded == 0:
+	case out == 0 || c.flags[side]&flagOut != 0:
+		return
+	default:
+		op = unix.EPOLL_CTL_MOD
+	}
+	c.flags[side] |= flagAdded
+	if out != 0 {
+		c.flags[side] |= flagOut
+	}
+	ev := unix.EpollEvent{
+		Events: unix.EPOLLIN | unix.EPOLLRDHUP | unix.EPOLLET&0xffffffff | out,
+		Fd:     int32(c.id<<1 | uint32(side)), Pad: c.gen,
+	}
+	if e := rawEpollCtl(l.ep, op, c.fd[side], &ev); e != 0 {
+		// Out of memory or of user watches: it would never be heard of again, so
+		// let the timer end it now.
+		l.f.fail(fmt.Errorf("watch connection: epoll_ctl: %w", e))
+		l.unschedule(c)
+		c.phase |= doomed
+		l.schedule(c, l.now)
+	}
+}
+
+func (l *loop) event(key uint32, gen int32, events uint32) {
+	c, side := l.conn(key>>1), int(key&1)
+	if c.gen != gen {
+		return // of a connection that ended earlier in this turn
+	}
+	if events&(unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
+		c.flags[side] |= flagHup
+	}
+	switch c.phase {
+	case phaseHello:
+		l.moreHello(c)
+	case phaseConnecting:
+		if side == target {
+			l.answered(c, events)
+		} else if events&unix.EPOLLERR != 0 {
+			b := c.begun
+			b.dial.abandon()
+			l.parse(b.buf, &b.scan)
+			l.refuse(c, b.peer, &l.hello, b.buf, gateway.RefuseClientGone, "while connecting to "+b.dial.addr.String())
+		}
+	case phaseOpen:
+		if events&unix.EPOLLERR != 0 && c.held[side] != nil {
+			// Reset, while what it sent before cannot be passed on.
+			l.end(c, true)
+			return
+		}
+		if events&unix.EPOLLOUT != 0 && c.held[1-side] != nil {
+			if !l.pump(c, 1-side) {
+				return
+			}
+		}
+		if events&^uint32(unix.EPOLLOUT) != 0 {
+			l.pump(c, side)
+		}
+	}
+}
+
+// end closes a connection; with reset, so that both sides see that it was cut.
+func (l *loop) end(c *conn, reset bool) {
+	if c.owner != nil {
+		closed(c.owner, c.ep)
+	}
+	if c.begun != nil {
+		l.dropBegun(c)
+	}
+	l.unschedule(c)
+	for src, h := range c.held {
+		if h != nil {
+			l.dropHeld(h)
+			c.held[src] = nil
+		}
+	}
+	c.l.active.Add(-1)
+	for _, fd := range c.fd {
+		if fd < 0 {
+			continue
+		}
+		if reset {
+			rawAbort(fd)
+		}
+		rawClose(fd)
+	}
+	*c = conn{id: c.id, gen: c.gen + 1}
+	l.unused = append(l.unused, c.id)
+}
+
+// refuse closes a connection that reaches no endpoint.
+func (l *loop) refuse(c *conn, peer netip.AddrPort, h *hello, data []byte, reason, detail string) {
+	l.f.refuse(c.l, peer, h, len(data), reason, detail)
+	l.end(c, false)
+}
+
+func (l *loop) closeConns(ln *listener) {
+	for _, chunk := range l.chunks {
+		for i := range chunk {
+			c := &chunk[i]
+			if c.phase == phaseFree || ln != nil && c.l != ln {
+				continue
+			}
+			if c.phase&^doomed == phaseConnecting {
+				c.begun.dial.abandon()
+			}
+			l.end(c, false)
+		}
+	}
+}
