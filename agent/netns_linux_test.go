@@ -26,6 +26,8 @@ type site struct {
 	number               int
 	server, gateway, app *agenttest.Node
 	hostS, hostG, hostA  *agenttest.Host
+	// startServer starts the server, on the data of the one before.
+	startServer func() *agenttest.Node
 }
 
 func (s *site) lan(k int) string { return fmt.Sprintf("10.%d.0.%d", s.number, k) }
@@ -55,7 +57,7 @@ func startSite(t *testing.T, network *agenttest.Network, number int) *site {
 	agenttest.EchoOn(t, l, "")
 
 	common := fmt.Sprintf("datacenter = %q\nprimary_datacenter = \"dc1\"\n", s.dc)
-	s.server = s.hostS.Start(t, agenttest.Config{Name: s.dc + "s", IP: s.lan(1), NoAddress: true, HCL: common + fmt.Sprintf(`
+	server := agenttest.Config{Name: s.dc + "s", IP: s.lan(1), Dir: t.TempDir(), NoAddress: true, HCL: common + fmt.Sprintf(`
 node_name          = "%[1]s-server"
 data_dir           = %[2]q
 bind_addr          = "0.0.0.0"
@@ -67,7 +69,9 @@ bootstrap_expect   = 1
 retry_join_wan     = [%[5]q]
 retry_interval_wan = "1s"
 performance { raft_multiplier = 1 }
-`, s.dc, t.TempDir(), s.lan(1), s.wan(1), other.wan(1))})
+`, s.dc, t.TempDir(), s.lan(1), s.wan(1), other.wan(1))}
+	s.startServer = func() *agenttest.Node { return s.hostS.Start(t, server) }
+	s.server = s.startServer()
 
 	common += fmt.Sprintf("retry_join = [%q]\nretry_interval = \"1s\"\n", s.lan(1))
 	s.gateway = s.hostG.Start(t, agenttest.Config{Name: s.dc + "g", IP: s.lan(2), HCL: common + fmt.Sprintf(`
@@ -123,6 +127,35 @@ func (s *site) farUpstream(t *testing.T) (st struct {
 	}
 	st.Text = text
 	return st
+}
+
+// callNear calls within each datacenter until stop is called; no call may fail.
+func callNear(t *testing.T, during string, sites ...*site) (stop func()) {
+	done := make(chan struct{})
+	var wg sync.WaitGroup
+	for _, s := range sites {
+		wg.Go(func() {
+			tick := time.NewTicker(20 * time.Millisecond)
+			defer tick.Stop()
+			for n := 0; ; n++ {
+				select {
+				case <-done:
+					t.Logf("%d calls within %s during %s", n, s.dc, during)
+					if n == 0 {
+						t.Errorf("no call within %s during %s", s.dc, during)
+					}
+					return
+				case <-tick.C:
+				}
+				if err := s.near(); err != nil {
+					t.Errorf("call within %s during %s: %v", s.dc, during, err)
+				}
+			}
+		})
+	}
+	stop = sync.OnceFunc(func() { close(done); wg.Wait() })
+	t.Cleanup(stop)
+	return stop
 }
 
 // TestTwoNetworks runs two datacenters whose networks have no route to each other:
@@ -237,30 +270,7 @@ func TestTwoNetworks(t *testing.T) {
 	}
 
 	// The line is cut, and mended: within the datacenters no call fails meanwhile.
-	stop := make(chan struct{})
-	var wg sync.WaitGroup
-	for _, s := range []*site{dc1, dc2} {
-		wg.Go(func() {
-			tick := time.NewTicker(20 * time.Millisecond)
-			defer tick.Stop()
-			n := 0
-			for {
-				select {
-				case <-stop:
-					t.Logf("%d calls within %s during the cut", n, s.dc)
-					if n == 0 {
-						t.Errorf("no call within %s", s.dc)
-					}
-					return
-				case <-tick.C:
-				}
-				if err := s.near(); err != nil {
-					t.Errorf("call within %s during the cut: %v", s.dc, err)
-				}
-				n++
-			}
-		})
-	}
+	stop := callNear(t, "the cut", dc1, dc2)
 	cutLine := func(do func(*agenttest.Host, string)) {
 		for _, h := range []*agenttest.Host{dc2.hostS, dc2.hostG} {
 			do(h, "wan")
@@ -281,8 +291,28 @@ func TestTwoNetworks(t *testing.T) {
 		took := agenttest.Until(t, resume, "calls from "+s.dc+" after the cut", s.far)
 		t.Logf("calls from %s go on %v after the end of a cut of %v", s.dc, took.Round(time.Millisecond), cut)
 	}
-	close(stop)
-	wg.Wait()
+	stop()
+
+	// The primary's server is killed: nothing that is known is lost, in any
+	// datacenter, and what is decided after its return comes into force.
+	stop = callNear(t, "the server's absence", dc1, dc2)
+	dc1.server.Stop()
+	for _, s := range []*site{dc1, dc2} {
+		for range 20 {
+			if err := s.far(); err != nil {
+				t.Errorf("call from %s without dc1's server: %v", s.dc, err)
+			}
+		}
+	}
+	dc1.server = dc1.startServer()
+	dc1.hostA.Plug("wan")
+	agenttest.Until(t, agenttest.Limit, "write after the return", func() error {
+		_, err := dc1.server.ConfigEntries().Delete(api.ServiceDefaults, "app", nil)
+		return err
+	})
+	write(api.MeshGatewayModeRemote)
+	wantPath(api.MeshGatewayModeRemote, agenttest.Limit)
+	stop()
 
 	// What is decided in dc1 reaches dc2 again.
 	if _, _, err := dc1.server.ConfigEntries().Set(&api.ServiceIntentionsConfigEntry{
