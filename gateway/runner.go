@@ -416,7 +416,7 @@ func (w *worker) serveOne(ctx context.Context, v *view) error {
 				continue
 			}
 			cancel()
-			_ = <-ended // it was told to end
+			<-ended //nolint:errcheck // it was told to end
 			return nil
 		}
 	}

@@ -41,7 +41,6 @@ type fakeCluster struct {
 	index   uint64
 
 	joined, left []string // by mu
-	signed       []string // by mu
 	caConfig     *connect.CAConfig
 }
 

@@ -29,7 +29,7 @@ func runBulk(ctx context.Context, fs *flag.FlagSet, args []string) error {
 	defer cancel()
 	runtime.GOMAXPROCS(1)
 	each := uint64(*gb * 1e9 / float64(l.conns))
-	command := []byte{0}
+	var command []byte
 	var s stream
 	switch *dir {
 	case "up":

@@ -279,7 +279,7 @@ func (e *netpoll) connect(p *netpollConn, d *dial) (bool, error) {
 		c, err := dialer.DialContext(e.ctx, "tcp", d.addr.String())
 		if err != nil {
 			cause := connectError(err)
-			own := e.ctx.Err() != nil || cause == syscall.EMFILE || cause == syscall.ENFILE || cause == syscall.ENOBUFS
+			own := e.ctx.Err() != nil || errors.Is(cause, syscall.EMFILE) || errors.Is(cause, syscall.ENFILE) || errors.Is(cause, syscall.ENOBUFS)
 			if own {
 				d.abandon()
 				return false, cause

@@ -174,7 +174,7 @@ func interleave(ips []netip.Addr, port uint16) []netip.AddrPort {
 		}
 	}
 	out := make([]netip.AddrPort, 0, len(ips))
-	for i := 0; i < max(len(v4), len(v6)); i++ {
+	for i := range max(len(v4), len(v6)) {
 		if i < len(v6) {
 			out = append(out, v6[i])
 		}
