@@ -79,15 +79,27 @@ func (n *node) Service(ws memdb.WatchSet, id string) *catalog.Service {
 	return nil
 }
 
-func (n *node) RegisterService(_ context.Context, def *catalog.Definition, replaceChecks bool) error {
+// settle lets who has changed the registration find the change in the catalog,
+// where that takes no longer than usual.
+func (n *node) settle(ctx context.Context) {
+	const limit = time.Second
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	n.syncer.Settle(ctx)
+}
+
+func (n *node) RegisterService(ctx context.Context, def *catalog.Definition, replaceChecks bool) error {
+	defer n.settle(ctx)
 	return n.registry.Register(def, replaceChecks)
 }
 
-func (n *node) DeregisterService(_ context.Context, id string) (bool, error) {
+func (n *node) DeregisterService(ctx context.Context, id string) (bool, error) {
+	defer n.settle(ctx)
 	return n.registry.Deregister(id), nil
 }
 
-func (n *node) ServiceMaintenance(_ context.Context, id string, enable bool, reason string, token acl.Secret) (bool, error) {
+func (n *node) ServiceMaintenance(ctx context.Context, id string, enable bool, reason string, token acl.Secret) (bool, error) {
+	defer n.settle(ctx)
 	return n.registry.ServiceMaintenance(id, enable, reason, token)
 }
 
@@ -99,21 +111,25 @@ func (n *node) Checks(ws memdb.WatchSet) map[string]*catalog.Check {
 	return out
 }
 
-func (n *node) RegisterCheck(_ context.Context, c *httpapi.CheckRegistration) error {
+func (n *node) RegisterCheck(ctx context.Context, c *httpapi.CheckRegistration) error {
+	defer n.settle(ctx)
 	return n.registry.RegisterCheck(local.CheckRegistration{
 		ID: c.ID, Name: c.Name, Notes: c.Notes, ServiceID: c.ServiceID, Status: c.Definition.Status, Def: c.Definition, Token: c.Token,
 	})
 }
 
-func (n *node) DeregisterCheck(_ context.Context, id string) (bool, error) {
+func (n *node) DeregisterCheck(ctx context.Context, id string) (bool, error) {
+	defer n.settle(ctx)
 	return n.registry.DeregisterCheck(id), nil
 }
 
-func (n *node) UpdateTTL(_ context.Context, id, status, output string) (bool, error) {
+func (n *node) UpdateTTL(ctx context.Context, id, status, output string) (bool, error) {
+	defer n.settle(ctx)
 	return n.registry.UpdateTTL(id, status, output)
 }
 
-func (n *node) NodeMaintenance(_ context.Context, enable bool, reason string, token acl.Secret) error {
+func (n *node) NodeMaintenance(ctx context.Context, enable bool, reason string, token acl.Secret) error {
+	defer n.settle(ctx)
 	return n.registry.NodeMaintenance(enable, reason, token)
 }
 

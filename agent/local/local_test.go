@@ -460,3 +460,61 @@ func TestCentral(t *testing.T) {
 		<-done
 	})
 }
+
+// TestSettle wants a change to be in the catalog when Settle returns, and Settle
+// not to hold anybody up while the servers are away.
+func TestSettle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := &authority{services: map[string]*catalog.Service{}, checks: map[string]*catalog.Check{}}
+		r := open(t, "")
+		s := &Syncer{Registry: r, Client: &http.Client{Transport: a}, Logger: hclog.NewNullLogger()}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- s.Run(ctx) }()
+
+		settle := func() time.Duration {
+			start := time.Now()
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			s.Settle(ctx)
+			return time.Since(start)
+		}
+		has := func(id string) bool {
+			a.mu.Lock()
+			defer a.mu.Unlock()
+			return a.services[id] != nil
+		}
+		for _, name := range []string{"a", "b"} {
+			register(t, r, api.AgentServiceRegistration{Name: name, Port: 1})
+			if settle(); !has(name) {
+				t.Errorf("service %s is not in the catalog", name)
+			}
+		}
+		if took := settle(); took > 0 { // there is nothing to write
+			t.Errorf("settled after %v", took)
+		}
+		synctest.Wait()
+		a.mu.Lock()
+		a.down = true
+		a.mu.Unlock()
+		register(t, r, api.AgentServiceRegistration{Name: "c", Port: 1})
+		for range 2 {
+			if took := settle(); took > 0 {
+				t.Errorf("without servers: settled after %v", took)
+			}
+		}
+		a.mu.Lock()
+		a.down = false
+		a.mu.Unlock()
+		time.Sleep(time.Minute)
+		if !has("c") {
+			t.Error("service c was never written")
+		}
+		register(t, r, api.AgentServiceRegistration{Name: "d", Port: 1})
+		if settle(); !has("d") {
+			t.Error("service d is not in the catalog")
+		}
+		cancel()
+		<-done
+	})
+}

@@ -12,6 +12,7 @@ import (
 	"net/url"
 	"reflect"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/hashicorp/consul/api"
@@ -43,6 +44,71 @@ type Syncer struct {
 	// Wake, when it receives, makes the syncer compare fully: the agent has found
 	// servers again. nil never does.
 	Wake <-chan struct{}
+
+	// mu guards what follows.
+	mu      sync.Mutex
+	waiting []chan struct{} // of Settle, for the next pass to close
+	poke    chan struct{}   // closed by Settle, for the loop not to wait; nil while it does not
+	failing bool            // the newest pass failed
+}
+
+// Settle waits until what the registry holds now has been written to the catalog,
+// so that who has changed the registry finds the change in the catalog. It gives
+// up when ctx ends or a write fails; the syncer goes on by itself either way, so
+// there is nothing to be done about it.
+func (s *Syncer) Settle(ctx context.Context) {
+	s.mu.Lock()
+	if s.failing {
+		s.mu.Unlock()
+		return
+	}
+	done := make(chan struct{})
+	s.waiting = append(s.waiting, done)
+	if s.poke != nil {
+		close(s.poke)
+		s.poke = nil
+	}
+	s.mu.Unlock()
+	select {
+	case <-done:
+	case <-ctx.Done():
+	}
+}
+
+// begin takes who waits for the pass that now begins.
+func (s *Syncer) begin() []chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	w := s.waiting
+	s.waiting = nil
+	return w
+}
+
+// end tells those who waited for a pass.
+func (s *Syncer) end(waited []chan struct{}, failed bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.failing = failed
+	if failed { // the next pass is not soon
+		waited = append(waited, s.waiting...)
+		s.waiting = nil
+	}
+	for _, w := range waited {
+		close(w)
+	}
+}
+
+// poked returns a channel that closes when somebody waits for a pass.
+func (s *Syncer) poked() <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c := make(chan struct{})
+	if len(s.waiting) > 0 {
+		close(c)
+		return c
+	}
+	s.poke = c
+	return c
 }
 
 // remote is what the catalog is known to hold for this node.
@@ -64,6 +130,7 @@ func (s *Syncer) Run(ctx context.Context) error {
 		outputAt = map[string]time.Time{} // outlives full comparisons
 	)
 	for {
+		waited := s.begin()
 		ws := memdb.NewWatchSet()
 		services, checks := s.Registry.Services(ws), s.Registry.Checks(ws)
 		var err error
@@ -84,6 +151,7 @@ func (s *Syncer) Run(ctx context.Context) error {
 		if err == nil {
 			due, err = s.write(ctx, known, services, checks)
 		}
+		s.end(waited, err != nil)
 		wait := time.Until(nextFull)
 		if !due.IsZero() {
 			wait = min(wait, time.Until(due))
@@ -124,6 +192,7 @@ func (s *Syncer) wait(ctx context.Context, ws memdb.WatchSet, d time.Duration, f
 	case <-ctx.Done():
 	case <-timer.C:
 	case <-changed:
+	case <-s.poked():
 	case <-s.Wake:
 		*known = nil
 	}
@@ -235,8 +304,11 @@ func (s *Syncer) write(ctx context.Context, known *remote, services map[string]*
 		list := stale[id]
 		delete(stale, id)
 		same := sameService(known.services[id], svc.Merged)
-		if same && len(list) == 0 {
-			continue
+		if same {
+			known.services[id] = svc.Merged // the next comparison is one of pointers
+			if len(list) == 0 {
+				continue
+			}
 		}
 		if err := s.register(ctx, known, svc, list); err != nil {
 			return due, err
