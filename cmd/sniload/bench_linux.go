@@ -42,8 +42,8 @@ type sizes struct {
 }
 
 var (
-	fullSizes  = sizes{rounds: 5, fewRounds: 3, conns: 10000, shakes: 1500, idle: 3000, gb: 2, play: 1200 * time.Millisecond, hold: 2 * time.Second}
-	quickSizes = sizes{rounds: 3, fewRounds: 2, conns: 3000, shakes: 400, idle: 2000, gb: .5, play: 500 * time.Millisecond, hold: 500 * time.Millisecond}
+	fullSizes  = sizes{rounds: 5, fewRounds: 3, conns: 10000, shakes: 1500, idle: 3000, gb: 4, play: 1500 * time.Millisecond, hold: 2 * time.Second}
+	quickSizes = sizes{rounds: 3, fewRounds: 2, conns: 6000, shakes: 400, idle: 2000, gb: 2, play: 800 * time.Millisecond, hold: 500 * time.Millisecond}
 )
 
 // stage is what is done with one set of processes.
@@ -92,7 +92,7 @@ func stages(s sizes, cpus int) []stage {
 			{name: "idle", few: true, args: []string{"idle", "-c", strconv.Itoa(s.idle), "-hold", s.hold.String()}},
 		}},
 		// HAProxy's splicing has nothing to do with routes.
-		{name: "big", about: "100,000 routes", routes: bigRoutes, workers: cpus, skip: []string{"haproxy-splice", direct}, tests: []stageTest{
+		{name: "big", about: "100,000 routes", routes: bigRoutes, workers: cpus, fresh: true, skip: []string{"haproxy-splice", direct}, tests: []stageTest{
 			{name: "connbig", few: true, args: append(conn, "-routes", strconv.Itoa(bigRoutes))},
 		}},
 		{name: "pin", about: "the forwarder on one core, the load on another", routes: smallRoutes, workers: 1, pinned: true, skip: []string{"sniproxy"}, tests: []stageTest{
@@ -211,7 +211,11 @@ func (b *bench) stage(ctx context.Context, s stage) error {
 		defer pin(load, all)
 	}
 	run := func(c contender, port int) (*process, error) {
+		set := set
 		set.Port = port
+		if c.routes > 0 {
+			set.Routes = newRoutes(c.routes, backendAddrs(), tlsAddr)
+		}
 		p, err := start(ctx, c, set)
 		if err != nil {
 			return nil, err
@@ -221,8 +225,10 @@ func (b *bench) stage(ctx context.Context, s stage) error {
 			pin(processTree(p.pid()), 0)
 		}
 		if len(c.command) > 0 && !s.pinned {
-			b.results.add(sample{Test: fmt.Sprintf("start%d", s.routes), Contender: c.name, Round: b.results.next(fmt.Sprintf("start%d", s.routes), c.name),
-				Metrics: map[string]float64{"took": p.took.Seconds(), "base": float64(memoryOf(processTree(p.pid())).rss)}})
+			test := fmt.Sprintf("start%d", s.routes)
+			b.results.add(sample{Test: test, Contender: c.name, Round: b.results.next(test, c.name), Metrics: map[string]float64{
+				"took": p.took.Seconds(), "base": float64(memoryOf(processTree(p.pid())).rss),
+			}})
 		}
 		return p, nil
 	}
@@ -232,8 +238,14 @@ func (b *bench) stage(ctx context.Context, s stage) error {
 			p.stop()
 		}
 	}()
+	candidates := slices.Clone(b.list)
+	if i := slices.IndexFunc(candidates, func(c contender) bool { return c.name == ours }); i >= 0 && s.routes != smallRoutes {
+		few := candidates[i]
+		few.name, few.routes = oursFew, smallRoutes
+		candidates = append(candidates, few)
+	}
 	port := 21000
-	for _, c := range b.list {
+	for _, c := range candidates {
 		if slices.Contains(s.skip, c.name) {
 			continue
 		}
@@ -287,6 +299,9 @@ func (b *bench) measure(ctx context.Context, p *process, t stageTest, round int)
 		target = tlsAddr
 	}
 	args := append(slices.Clone(t.args), "-target", target.String(), "-pid", strconv.Itoa(p.pid()), "-backend-pid", strconv.Itoa(b.backend.pid()))
+	if p.routes > 0 {
+		args = append(args, "-routes", strconv.Itoa(p.routes))
+	}
 	ctx, cancel := context.WithTimeout(ctx, 90*time.Second)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, b.exe, args...)

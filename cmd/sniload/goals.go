@@ -10,6 +10,8 @@ const (
 	ours      = "sluice"
 	reference = "haproxy"
 	direct    = "direct"
+	// oursFew is ours with 64 routes, beside those that have 100,000.
+	oursFew = "sluice-64"
 )
 
 // goal is what the forwarder has to reach: a value that is at most, or at least,
@@ -39,7 +41,8 @@ func (v verdict) passed(bound float64) bool {
 	return got <= bound
 }
 
-// envoyRows are the tests and metrics in which Envoy is to be left behind.
+// envoyRows are the tests and metrics in which Envoy is to be left behind. Memory
+// of the kernel is not among them: it is that of two sockets, whoever has them.
 var envoyRows = []struct{ name, test, metric string }{
 	{"set-up", "conn", "cpu"},
 	{"set-up, p99", "conn", "p99"},
@@ -48,7 +51,6 @@ var envoyRows = []struct{ name, test, metric string }{
 	{"ping-pong", "rr64", "cpu"},
 	{"ping-pong, p99", "rr64", "p99"},
 	{"memory of an idle connection", "idle", "user"},
-	{"kernel memory of one", "idle", "kernel"},
 	{"100,000 routes", "connbig", "cpu"},
 	{"time to start", "start64", "took"},
 	{"memory after the start", "start64", "base"},
@@ -73,8 +75,9 @@ func plain(test, metric string, scale float64) func(*results) (float64, string, 
 // difference of a metric of 100,000 routes and of 64, times scale.
 func difference(metric string, scale float64) func(*results) (float64, string, bool) {
 	return func(r *results) (float64, string, bool) {
-		big, ok := r.middle(fmt.Sprintf("start%d", bigRoutes), ours, metric)
-		small, ok2 := r.middle(fmt.Sprintf("start%d", smallRoutes), ours, metric)
+		test := fmt.Sprintf("start%d", bigRoutes)
+		big, ok := r.middle(test, ours, metric)
+		small, ok2 := r.middle(test, oursFew, metric)
 		return (big - small) * scale, "", ok && ok2
 	}
 }
@@ -93,16 +96,8 @@ var goals = []goal{
 	{name: "64-connection ping-pong p99 against HAProxy", required: 1, aim: .8, unit: "x", value: against("rr64", reference, "p99")},
 	{name: "user memory of an idle connection", required: 512, aim: 128, unit: " B", value: plain("idle", "user", 1)},
 	{name: "descriptors of an idle connection", required: 2, aim: 2, value: plain("idle", "files", 1)},
-	{name: "set-up CPU with 100,000 routes, against 64", required: 1.08, unit: "x",
-		value: func(r *results) (float64, string, bool) {
-			big, ok := r.middle("connbig", ours, "cpu")
-			small, ok2 := r.middle("conn", ours, "cpu")
-			if !ok || !ok2 || small == 0 {
-				return 0, "", false
-			}
-			return big / small, "", true
-		}},
-	{name: "memory of 100,000 routes", required: 15, unit: " MB", value: difference("base", 1e-6)},
+	{name: "set-up CPU with 100,000 routes, against 64", required: 1.08, unit: "x", value: against("connbig", oursFew, "cpu")},
+	{name: "resident memory of 100,000 routes", required: 15, unit: " MB", value: difference("base", 1e-6)},
 	{name: "time to load 100,000 routes", required: 100, unit: " ms", value: difference("took", 1e3)},
 	{name: "the worst row against Envoy", required: 1, unit: "x", value: func(r *results) (float64, string, bool) {
 		worst, name := 0.0, ""

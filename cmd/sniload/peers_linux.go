@@ -32,6 +32,7 @@ type contender struct {
 	version []string
 	debian  []string // packages
 	full    bool     // not in a quick run
+	routes  int      // other than the stage's; 0 is the stage's
 }
 
 // contenders lists what there is to compare: ours, the peers, and nothing.
