@@ -42,7 +42,7 @@ func (m *serviceMemo) current(s *proxycfg.GatewayService) bool {
 		})
 }
 
-// meshGateway fills in the table of a mesh gateway (spec mesh-gateway 4 and 5).
+// meshGateway fills in the table of a mesh gateway.
 //
 // The bare name of a datacenter ("dc2.internal.…") gets no route: nobody dials
 // it. COMPAT: Consul forwards it, because its cluster happens to have that name.
@@ -137,7 +137,7 @@ func (c *Compiler) meshGateway(t *Table, s *proxycfg.Snapshot) {
 	t.Warnings = append(t.Warnings, conf.warnings()...)
 }
 
-// servers adds the routes of the servers' own traffic (spec mesh-gateway 4.4):
+// servers adds the routes of the servers' own traffic:
 // to any server of another datacenter through its gateways, to each of this
 // one's directly. Their health plays no part: a server that its checks call dead
 // is one that others must be able to reach to find out.
@@ -198,7 +198,7 @@ func maxConnections(defaults *api.ServiceConfigEntry) int {
 	return max(0, *l.MaxConnections)
 }
 
-// gatewayListeners adds the listeners of a gateway (spec mesh-gateway 5.1). All
+// gatewayListeners adds the listeners of a gateway. All
 // of them do the same; an address that an earlier name has is left out.
 func gatewayListeners(t *Table, reg *catalog.Service, conf *settings, origin Origin) {
 	type bind struct {

@@ -18,7 +18,7 @@ import (
 // localApp is the cluster of the service that a sidecar stands in front of.
 const localApp = "local_app"
 
-// sidecar fills in the table of a connect-proxy (spec envoy 5).
+// sidecar fills in the table of a connect-proxy.
 func sidecar(t *Table, s *proxycfg.Snapshot) error {
 	reg := s.Proxy.Service
 	if reg.Proxy == nil || s.Sidecar.Leaf == nil || s.Roots == nil || len(s.Roots.Roots) == 0 {

@@ -76,7 +76,7 @@ type Authorisation struct {
 }
 
 // AuthoriseRule matches a client by its SPIFFE service identity. The client's
-// datacenter plays no part (spec naming 7).
+// datacenter plays no part.
 type AuthoriseRule struct {
 	// Source is a service name, or "*" for any.
 	Source     catalog.ServiceName

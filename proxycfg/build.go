@@ -362,7 +362,7 @@ func resolverNode(chain *api.CompiledDiscoveryChain) (*api.DiscoveryGraphNode, [
 	return nil, warnings
 }
 
-// target finds the instances of a target (spec modes 4). There is no way back
+// target finds the instances of a target. There is no way back
 // to dialling directly where a mode asks for gateways and there are none.
 func (b *builder) target(dt *api.DiscoveryTarget, partition, modeFrom string) Target {
 	name := catalog.ServiceName{Name: dt.Service, Namespace: dt.Namespace, Partition: partition}.Canonical()

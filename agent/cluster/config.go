@@ -19,7 +19,7 @@ import (
 	"github.com/sluicemesh/sluice/agent/configentry"
 )
 
-// Default ports (spec agent-config 3).
+// Default ports.
 const (
 	DefaultServerPort  = 8300
 	DefaultSerfLANPort = 8301
@@ -134,7 +134,7 @@ type Config struct {
 }
 
 // Validate returns everything that is wrong with c as written, joined. The
-// texts are Consul's where it has them (spec agent-config 3).
+// texts are Consul's where it has them.
 func (c *Config) Validate() error {
 	var errs []error
 	add := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }

@@ -8,7 +8,7 @@ import (
 	"github.com/hashicorp/serf/serf"
 )
 
-// Tags of gossip members (spec federation 1).
+// Tags of gossip members.
 const (
 	tagRole        = "role"
 	tagDatacenter  = "dc"

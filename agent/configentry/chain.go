@@ -23,7 +23,7 @@ type CompileRequest struct {
 }
 
 // Chain is a compiled chain with what the public API's type has no room for. Its
-// JSON is that of /v1/discovery-chain (spec http-api 7).
+// JSON is that of /v1/discovery-chain.
 type Chain struct {
 	*api.CompiledDiscoveryChain
 	EnvoyExtensions []api.EnvoyExtension

@@ -498,7 +498,7 @@ func (c *compiler) target(d destination, e *api.ServiceResolverConfigEntry, sd *
 	return t
 }
 
-// targetSNI is the server name of a target (spec naming 2). Package connect has
+// targetSNI is the server name of a target. Package connect has
 // the same, for names that no chain made.
 func targetSNI(d destination, trustDomain string) string {
 	labels := []string{d.service.Name, d.service.Namespace}

@@ -201,7 +201,7 @@ func (r *Resolved) inherited() UpstreamMode {
 	return UpstreamMode{}
 }
 
-// modeOf walks the ladder for one upstream (spec modes 3, stage A). The order
+// modeOf walks the ladder for one upstream. The order
 // has one surprise: an override in service-defaults beats the registration's
 // proxy-wide mode.
 func (r *Resolved) modeOf(reg *catalog.Service, u api.Upstream) UpstreamMode {

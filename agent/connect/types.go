@@ -7,7 +7,7 @@ import (
 )
 
 // Root is a certificate authority that leaves of the mesh are trusted through.
-// Its JSON form is that of /v1/connect/ca/roots (spec http-api 6).
+// Its JSON form is that of /v1/connect/ca/roots.
 type Root struct {
 	// ID is the SHA-1 of the certificate's DER, colon-separated hex.
 	ID           string

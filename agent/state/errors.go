@@ -2,8 +2,8 @@ package state
 
 import "errors"
 
-// Errors of reaching the authority for some state. Their texts are Consul's
-// (spec http-api 11): clients match on them.
+// Errors of reaching the authority for some state. Their texts are
+// Consul's: clients match on them.
 var (
 	// ErrNotLeader is returned by writes on a server that does not lead.
 	ErrNotLeader = errors.New("node is not the leader")

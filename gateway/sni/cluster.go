@@ -111,7 +111,7 @@ const (
 	maxTries              = 8 // bound of Config.ConnectAttempts
 	defaultConnectTimeout = 5 * time.Second
 	minAddressTimeout     = 500 * time.Millisecond
-	maxWeight             = 128 // spec mesh-gateway 4.5
+	maxWeight             = 128 // as Consul has it
 )
 
 // dial is the choice of an endpoint for one connection: which were tried, and

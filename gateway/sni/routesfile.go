@@ -22,7 +22,7 @@ type Routes struct {
 	Clusters []gateway.Cluster
 }
 
-// staticConnectTimeout is that of Consul's gateways, spec mesh-gateway 2.
+// staticConnectTimeout is that of Consul's gateways.
 const staticConnectTimeout = 5 * time.Second
 
 // maxFileErrors bounds how many faulty lines of a file are told.
