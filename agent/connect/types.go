@@ -69,8 +69,8 @@ type Leaf struct {
 	ModifyIndex uint64
 }
 
-// CAConfig is the stored configuration of the datacenter's CA (spec
-// federation 2.1). Its JSON form is that of /v1/connect/ca/configuration.
+// CAConfig is the stored configuration of the datacenter's CA. Its JSON form is
+// that of /v1/connect/ca/configuration.
 type CAConfig struct {
 	// ClusterID is the trust domain's UUID, made by the primary's first leader.
 	ClusterID   string `json:"-"`
