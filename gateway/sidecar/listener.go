@@ -25,11 +25,13 @@ type listener struct {
 	accepted atomic.Uint64
 	refused  atomic.Uint64
 	reasons  gateway.Tally // of refusals
+	closed   gateway.Tally // of ends
 
 	// mu guards what follows.
-	mu  sync.Mutex
-	l   net.Listener
-	err error
+	mu   sync.Mutex
+	l    net.Listener
+	err  error
+	held bool // it is to be closed
 }
 
 func (l *listener) close() {
@@ -51,7 +53,7 @@ func (l *listener) refuse(reason string) {
 func (l *listener) status() gateway.ListenerStatus {
 	st := gateway.ListenerStatus{
 		Name: l.name, Address: l.address,
-		Active: l.active.Load(), Accepted: l.accepted.Load(), RefusedTotal: l.refused.Load(), Refused: l.reasons.Map(),
+		Active: l.active.Load(), Accepted: l.accepted.Load(), RefusedTotal: l.refused.Load(), Refused: l.reasons.Map(), Closed: l.closed.Map(),
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -77,7 +79,9 @@ func (l *listener) bind(ctx context.Context) (net.Listener, error) {
 			}
 		}
 	}
-	ln, err := (&net.ListenConfig{KeepAlive: -1}).Listen(ctx, l.network, l.address)
+	lc := net.ListenConfig{KeepAlive: -1}
+	lc.SetMultipathTCP(false) // it could not be drained
+	ln, err := lc.Listen(ctx, l.network, l.address)
 	if err != nil {
 		return nil, err
 	}
@@ -98,9 +102,15 @@ func (s *Sidecar) serve(ctx context.Context, l *listener) {
 	const retryMin, retryMax = 100 * time.Millisecond, 5 * time.Second
 	wait := retryMin
 	for ctx.Err() == nil {
+		if s.park(ctx, l) {
+			continue
+		}
 		ln, err := l.bind(ctx)
 		l.mu.Lock()
 		l.l, l.err = ln, err
+		if l.held {
+			l.holdLocked()
+		}
 		if ctx.Err() != nil && ln != nil {
 			_ = ln.Close() // close came before there was anything to close
 		}
@@ -116,6 +126,10 @@ func (s *Sidecar) serve(ctx context.Context, l *listener) {
 		if ctx.Err() != nil {
 			return
 		}
+		if errors.Is(err, errHeld) {
+			s.cfg.Logger.Info("listener closed for a drain", "listener", l.name)
+			continue
+		}
 		s.cfg.Logger.Warn("listener not open, trying again", "listener", l.name, "error", err, "in", wait)
 		select {
 		case <-ctx.Done():
@@ -128,11 +142,24 @@ func (s *Sidecar) serve(ctx context.Context, l *listener) {
 // accept hands each connection to a goroutine. It returns when the listener is
 // closed or broken.
 func (s *Sidecar) accept(ctx context.Context, l *listener, ln net.Listener) error {
-	defer ln.Close() //nolint:errcheck // it may be closed already, and that is why we are here
+	defer ln.Close()                    //nolint:errcheck // it may be closed already, and that is why we are here
+	recent, until := false, time.Time{} // for a listener that is held
 	for {
 		conn, err := ln.Accept()
 		if err != nil {
-			if ne := net.Error(nil); errors.As(err, &ne) && ne.Timeout() || isExhausted(err) {
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				if until.IsZero() {
+					until = time.Now().Add(settleMost)
+				}
+				if d, ok := ln.(interface{ SetDeadline(time.Time) error }); ok && recent && time.Now().Before(until) && ctx.Err() == nil {
+					recent = false
+					if d.SetDeadline(time.Now().Add(settle)) == nil {
+						continue
+					}
+				}
+				return errHeld
+			}
+			if isExhausted(err) {
 				// Out of descriptors: those that close make room.
 				select {
 				case <-ctx.Done():
@@ -142,6 +169,7 @@ func (s *Sidecar) accept(ctx context.Context, l *listener, ln net.Listener) erro
 			}
 			return err
 		}
+		recent = true
 		l.accepted.Add(1)
 		r := s.current.Load()
 		def := r.listeners[l.name]
@@ -149,22 +177,24 @@ func (s *Sidecar) accept(ctx context.Context, l *listener, ln net.Listener) erro
 			_ = conn.Close()
 			continue
 		}
+		ses := s.sessions.begin(l, conn, s.cfg.AccessLog.Sampled())
 		if max := def.MaxConnections; max > 0 && l.active.Load() >= int64(max) {
-			s.refuse(l, conn.RemoteAddr(), gateway.RefuseLimit, fmt.Errorf("the listener has %d connections, its bound", max), "")
+			s.refuse(ses, gateway.RefuseLimit, fmt.Errorf("the listener has %d connections, its bound", max), "")
 			_ = conn.Close()
+			s.end(ses, "")
 			continue
 		}
 		if !s.conns.add(conn) {
+			s.end(ses, gateway.CloseStopped)
 			return net.ErrClosed
 		}
 		l.active.Add(1)
 		s.wg.Go(func() {
-			defer func() {
-				_ = conn.Close() // whatever came of it, it ends here
-				s.conns.remove(conn)
-				l.active.Add(-1)
-			}()
-			s.handle(ctx, l, r, def, conn)
+			reason := s.handle(ctx, ses, r, def, conn)
+			_ = conn.Close() // whatever came of it, it ends here
+			s.conns.remove(conn)
+			l.active.Add(-1)
+			s.end(ses, reason)
 		})
 	}
 }

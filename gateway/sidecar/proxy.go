@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/sluicemesh/sluice/agent/catalog"
@@ -15,16 +16,18 @@ import (
 	"github.com/sluicemesh/sluice/gateway"
 )
 
-// handle serves one accepted connection by the routing it came in under.
-func (s *Sidecar) handle(ctx context.Context, l *listener, r *routing, def *gateway.Listener, conn net.Conn) {
+// handle serves one accepted connection by the routing it came in under. It
+// returns why it ended, where it has not been refused.
+func (s *Sidecar) handle(ctx context.Context, ses *session, r *routing, def *gateway.Listener, conn net.Conn) string {
 	s.keepalive(conn, nil)
 	switch def.Mode {
 	case gateway.ListenInbound:
-		s.inbound(ctx, l, r, def, conn)
+		return s.inbound(ctx, ses, r, def, conn)
 	case gateway.ListenUpstream:
-		s.upstream(ctx, l, r, def, conn)
+		return s.upstream(ctx, ses, r, def, conn)
 	default:
-		s.refuse(l, conn.RemoteAddr(), gateway.RefuseNoRoute, fmt.Errorf("a sidecar does not serve listeners of mode %q", def.Mode), "")
+		s.refuse(ses, gateway.RefuseNoRoute, fmt.Errorf("a sidecar does not serve listeners of mode %q", def.Mode), "")
+		return ""
 	}
 }
 
@@ -44,10 +47,10 @@ func serverConfig(r *routing) *tls.Config {
 
 // inbound terminates mutual TLS, asks the intentions, and forwards to the local
 // service.
-func (s *Sidecar) inbound(ctx context.Context, l *listener, r *routing, def *gateway.Listener, conn net.Conn) {
+func (s *Sidecar) inbound(ctx context.Context, ses *session, r *routing, def *gateway.Listener, conn net.Conn) string {
 	if r.inbound == nil {
-		s.refuse(l, conn.RemoteAddr(), gateway.RefuseHandshake, errNoIdentity, "")
-		return
+		s.refuse(ses, gateway.RefuseHandshake, errNoIdentity, "")
+		return ""
 	}
 	tc := tls.Server(conn, r.inbound)
 	hctx, cancel := context.WithTimeout(ctx, s.cfg.HandshakeTimeout)
@@ -56,30 +59,32 @@ func (s *Sidecar) inbound(ctx context.Context, l *listener, r *routing, def *gat
 	if errors.Is(err, io.EOF) {
 		// Not a byte came: somebody looked whether the port is open, as health checks
 		// do every few seconds. In the ring they would push out what matters.
-		l.refuse(gateway.RefuseClientGone)
-		return
+		ses.refused = gateway.RefuseClientGone
+		ses.l.refuse(gateway.RefuseClientGone)
+		return ""
 	}
 	if err != nil {
-		s.refuse(l, conn.RemoteAddr(), gateway.RefuseHandshake, err, tc.ConnectionState().ServerName)
-		return
+		s.refuse(ses, gateway.RefuseHandshake, err, tc.ConnectionState().ServerName)
+		return ""
 	}
 	sni := tc.ConnectionState().ServerName
+	s.sessions.secured(ses, tc, sni)
 	id, err := connect.PeerIdentity(tc.ConnectionState().PeerCertificates[0])
 	if err != nil {
-		s.refuse(l, conn.RemoteAddr(), gateway.RefuseIdentity, err, sni)
-		return
+		s.refuse(ses, gateway.RefuseIdentity, err, sni)
+		return ""
 	}
 	if allow, why := authorise(def.Authorise, id.Service); !allow {
-		s.refuse(l, conn.RemoteAddr(), gateway.RefuseDenied, fmt.Errorf("%s: %s", id.URI(), why), sni)
-		return
+		s.refuse(ses, gateway.RefuseDenied, fmt.Errorf("%s: %s", id.URI(), why), sni)
+		return ""
 	}
 	c := r.clusters[def.Cluster]
 	up, e, err := s.dial(ctx, r, c, conn.RemoteAddr())
 	if err != nil {
-		s.refuse(l, conn.RemoteAddr(), reasonOf(err), err, sni)
-		return
+		s.refuse(ses, reasonOf(err), err, sni)
+		return ""
 	}
-	s.join(c, e, tc, up)
+	return s.join(ses, c, e, tc, up)
 }
 
 // authorise finds the first rule for source; why names it.
@@ -98,14 +103,14 @@ func authorise(a *gateway.Authorisation, source catalog.ServiceName) (allow bool
 }
 
 // upstream carries a plain connection over mutual TLS to the listener's cluster.
-func (s *Sidecar) upstream(ctx context.Context, l *listener, r *routing, def *gateway.Listener, conn net.Conn) {
+func (s *Sidecar) upstream(ctx context.Context, ses *session, r *routing, def *gateway.Listener, conn net.Conn) string {
 	c := r.clusters[def.Cluster]
 	up, e, err := s.dial(ctx, r, c, conn.RemoteAddr())
 	if err != nil {
-		s.refuse(l, conn.RemoteAddr(), reasonOf(err), err, "")
-		return
+		s.refuse(ses, reasonOf(err), err, "")
+		return ""
 	}
-	s.join(e.cluster, e, conn, up)
+	return s.join(ses, e.cluster, e, conn, up)
 }
 
 // errNoEndpoint says that a cluster has nothing to dial.
@@ -255,8 +260,9 @@ func (s *Sidecar) keepalive(conn net.Conn, k *gateway.Keepalive) {
 }
 
 // join copies both ways until both have ended, passing on the end of each, and
-// gives up the endpoint's connection.
-func (s *Sidecar) join(c *cluster, e *reached, client, server net.Conn) {
+// gives up the endpoint's connection. It returns why it ended.
+func (s *Sidecar) join(ses *session, c *cluster, e *reached, client, server net.Conn) string {
+	s.sessions.reached(ses, server, c, e)
 	c.active.Add(1)
 	defer func() {
 		_ = server.Close() // whatever came of it, it ends here
@@ -265,15 +271,21 @@ func (s *Sidecar) join(c *cluster, e *reached, client, server net.Conn) {
 		c.active.Add(-1)
 	}()
 	var wg sync.WaitGroup
+	var inErr error
 	wg.Go(func() {
-		n, err := forward(server, client)
-		c.in.Add(uint64(n))
-		endOf(server, client, err)
+		inErr = forward(server, client, &c.in, &ses.in)
+		endOf(server, client, inErr)
 	})
-	n, err := forward(client, server)
-	c.out.Add(uint64(n))
+	err := forward(client, server, &c.out, &ses.out)
 	endOf(client, server, err)
 	wg.Wait()
+	switch {
+	case err == nil && inErr == nil:
+		return gateway.CloseDone
+	case s.conns.isClosed():
+		return gateway.CloseStopped
+	}
+	return gateway.CloseReset
 }
 
 func underlying(c net.Conn) net.Conn {
@@ -307,24 +319,27 @@ func abort(c net.Conn) {
 // buffers of the copies; 32 KiB holds two TLS records.
 var buffers = sync.Pool{New: func() any { return new([32 << 10]byte) }}
 
-// forward copies until the end of src (nil) or an error.
-func forward(dst io.Writer, src io.Reader) (n int64, err error) {
+// forward copies until the end of src (nil) or an error, and adds what it writes
+// to the counters.
+func forward(dst io.Writer, src io.Reader, counters ...*atomic.Uint64) error {
 	buf := buffers.Get().(*[32 << 10]byte) //nolint:forcetypeassert,errcheck // the pool holds nothing else
 	defer buffers.Put(buf)
 	for {
 		r, rerr := src.Read(buf[:])
 		if r > 0 {
 			w, werr := dst.Write(buf[:r])
-			n += int64(w)
+			for _, n := range counters {
+				n.Add(uint64(w))
+			}
 			if werr != nil {
-				return n, werr
+				return werr
 			}
 		}
 		if errors.Is(rerr, io.EOF) {
-			return n, nil
+			return nil
 		}
 		if rerr != nil {
-			return n, rerr
+			return rerr
 		}
 	}
 }

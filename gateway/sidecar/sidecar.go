@@ -38,17 +38,25 @@ type Config struct {
 	// after which common load balancers forget a flow, and soon enough to notice a
 	// peer that vanished.
 	Keepalive net.KeepAliveConfig
+	// AccessLog may be nil.
+	AccessLog *gateway.AccessLog
 	Logger    hclog.Logger
 }
 
-// Sidecar implements [gateway.DataPlane].
+// Sidecar implements [gateway.DataPlane], [gateway.Drainer] and
+// [gateway.ConnectionLister].
 type Sidecar struct {
 	cfg Config
 
 	current atomic.Pointer[routing] // what new connections are handled by
 	wake    chan struct{}
+	parked  chan struct{} // a listener has closed for a drain
+	done    chan struct{} // closed when Run has ended
+	// held is not nil while listeners are to be closed, and closed after that. It is
+	// set by one goroutine, that of a drain.
+	held atomic.Pointer[chan struct{}]
 
-	// mu guards what follows.
+	// mu guards what follows. Those of listeners are taken inside it.
 	mu        sync.Mutex
 	next      *gateway.Table // handed over, not yet applied
 	listeners map[string]*listener
@@ -58,8 +66,9 @@ type Sidecar struct {
 	refused    refusals
 	refusalLog gateway.RefusalLog
 
-	conns connSet
-	wg    sync.WaitGroup
+	conns    connSet
+	sessions sessions
+	wg       sync.WaitGroup
 }
 
 // routing is a table made ready for use. It is immutable.
@@ -91,6 +100,8 @@ func New(cfg Config) *Sidecar {
 		cfg:        cfg,
 		refusalLog: gateway.RefusalLog{Logger: cfg.Logger},
 		wake:       make(chan struct{}, 1),
+		parked:     make(chan struct{}, 1),
+		done:       make(chan struct{}),
 		listeners:  map[string]*listener{},
 		clusters:   map[string]*cluster{},
 	}
@@ -110,6 +121,7 @@ func (s *Sidecar) Apply(t *gateway.Table) {
 // Run implements [gateway.DataPlane].
 func (s *Sidecar) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
+	defer close(s.done)
 	defer func() {
 		cancel()
 		s.mu.Lock()
@@ -233,9 +245,13 @@ func (s *Sidecar) Status() gateway.Status {
 }
 
 // refuse records that a connection was closed without reaching an endpoint.
-func (s *Sidecar) refuse(l *listener, peer net.Addr, reason string, err error, serverName string) {
-	l.refuse(reason)
-	f := gateway.Refusal{At: time.Now(), Listener: l.name, Peer: addrString(peer), ServerName: serverName, Reason: reason}
+func (s *Sidecar) refuse(ses *session, reason string, err error, serverName string) {
+	ses.refused = reason
+	ses.l.refuse(reason)
+	if serverName != "" {
+		s.sessions.named(ses, serverName)
+	}
+	f := gateway.Refusal{At: time.Now(), Listener: ses.l.name, Peer: ses.peer, ServerName: serverName, Reason: reason}
 	if err != nil {
 		f.Detail = err.Error()
 	}
@@ -304,6 +320,12 @@ func (s *connSet) remove(c net.Conn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.conns, c)
+}
+
+func (s *connSet) isClosed() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.closed
 }
 
 func (s *connSet) closeAll() {

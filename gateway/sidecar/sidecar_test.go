@@ -72,9 +72,11 @@ func (a *authority) identity(t *testing.T, service, dc string) *gateway.Identity
 }
 
 // run starts a sidecar, and stops it when the test ends.
-func run(t *testing.T) *Sidecar {
+func run(t *testing.T) *Sidecar { return runWith(t, Config{}) }
+
+func runWith(t *testing.T, c Config) *Sidecar {
 	t.Helper()
-	s := New(Config{HandshakeTimeout: 5 * time.Second})
+	s := New(c)
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- s.Run(ctx) }()
