@@ -125,7 +125,7 @@ func New(opts Options) (_ *Agent, err error) {
 	}
 	a.node = &catalog.Node{
 		ID: id, Node: rt.Node.Name, Address: rt.Network.Advertise.String(), Datacenter: rt.Node.Datacenter,
-		TaggedAddresses: rt.Network.TaggedAddresses, Meta: rt.Node.Meta, Locality: rt.Node.Locality,
+		TaggedAddresses: rt.Network.TaggedAddresses, Meta: nodeMeta(rt, opts), Locality: rt.Node.Locality,
 	}
 
 	// Telemetry first: raft and serf report to the global sink from their start.

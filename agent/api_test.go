@@ -9,6 +9,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -123,6 +124,29 @@ func TestClient(t *testing.T) {
 			return len(got) == 1 && got[0].Checks.AggregatedStatus() == want, meta, err
 		})
 	}
+	t.Run("node", func(t *testing.T) {
+		// The leader makes a record of the node too, at the same time: it must not
+		// take away what the agent says of itself.
+		n.Watch("the node's record is whole", func(q *api.QueryOptions) (bool, *api.QueryMeta, error) {
+			node, meta, err := n.Catalog().Node("s", q)
+			if err != nil || node == nil {
+				return false, meta, err
+			}
+			return node.Node.TaggedAddresses["wan"] == ip && node.Node.Meta["consul-version"] != "", meta, nil
+		})
+		if err := a.ServiceRegister(&api.AgentServiceRegistration{Name: "brief", Port: 1}); err != nil {
+			t.Fatal(err)
+		}
+		if got, _, err := n.Catalog().Service("brief", "", nil); err != nil || len(got) != 1 {
+			t.Errorf("a service is not in the catalog when its registration is answered: %v, %v", got, err)
+		}
+		if err := a.ServiceDeregister("brief"); err != nil {
+			t.Fatal(err)
+		}
+		if got, _, err := n.Catalog().Service("brief", "", nil); err != nil || len(got) != 0 {
+			t.Errorf("a service is in the catalog when its deregistration is answered: %v, %v", got, err)
+		}
+	})
 	t.Run("checks", func(t *testing.T) {
 		if err := a.ServiceRegister(&api.AgentServiceRegistration{
 			Name: "checked", Port: 1, Address: ip,
@@ -207,11 +231,16 @@ func TestClient(t *testing.T) {
 			names := []string{}
 			for _, c := range m.Counters {
 				names = append(names, c.Name)
-				if c.Name == "consul.raft.apply" {
-					return nil
+			}
+			for _, g := range m.Gauges {
+				names = append(names, g.Name)
+			}
+			for _, want := range []string{"consul.raft.apply", "consul.runtime.alloc_bytes"} {
+				if !slices.Contains(names, want) {
+					return fmt.Errorf("there is no %s among %v", want, names)
 				}
 			}
-			return fmt.Errorf("the counters are %v", names)
+			return nil
 		})
 		var text string
 		if err := n.Get("/v1/agent/metrics?format=prometheus", &text); err != nil {

@@ -55,13 +55,7 @@ func (n *node) Self() (stats map[string]map[string]string, meta map[string]strin
 		}
 		stats["serf_wan"] = map[string]string{"members": strconv.Itoa(len(n.member.WANMembers()))}
 	}
-	meta = maps.Clone(n.node.Meta)
-	if meta == nil {
-		meta = map[string]string{}
-	}
-	meta["consul-network-segment"] = ""
-	meta["consul-version"] = n.opts.Version
-	return stats, meta
+	return stats, maps.Clone(n.node.Meta)
 }
 
 func (n *node) Services(ws memdb.WatchSet) map[string]*catalog.Service {

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"context"
 	"fmt"
 	"net/http"
 	"time"
@@ -55,9 +56,8 @@ func newTelemetry(rt *config.Runtime) (*telemetry, error) {
 	}
 	conf := metrics.DefaultConfig(c.Prefix)
 	conf.EnableHostname = !c.DisableHostname
-	conf.EnableRuntimeMetrics = false // one agent's goroutine for it could never be stopped
+	conf.EnableRuntimeMetrics = false // its goroutine could never be stopped: see run
 	conf.AllowedPrefixes, conf.BlockedPrefixes, conf.FilterDefault = c.AllowedPrefixes, c.BlockedPrefixes, c.FilterDefault
-	conf.HostName = rt.Node.Name
 	global, err := metrics.NewGlobal(conf, sinks)
 	if err != nil {
 		return nil, fmt.Errorf("open telemetry: %w", err)
@@ -77,6 +77,20 @@ func (t *telemetry) prometheus() http.Handler {
 		return nil
 	}
 	return promhttp.HandlerFor(t.registry, promhttp.HandlerOpts{})
+}
+
+// run reports on the Go runtime until ctx ends.
+func (t *telemetry) run(ctx context.Context) error {
+	tick := time.NewTicker(metricsInterval)
+	defer tick.Stop()
+	for {
+		t.global.EmitRuntimeStats()
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
 }
 
 func (t *telemetry) close() { t.global.Shutdown() }

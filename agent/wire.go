@@ -59,6 +59,16 @@ func newMember(rt *config.Runtime, id string, opts Options, log hclog.Logger) (m
 	return cluster.NewClient(c)
 }
 
+// nodeMeta is the node's metadata: what the configuration has, and what every
+// agent says of itself.
+func nodeMeta(rt *config.Runtime, opts Options) map[string]string {
+	meta := map[string]string{"consul-network-segment": "", "consul-version": opts.Version}
+	for k, v := range rt.Node.Meta {
+		meta[k] = v
+	}
+	return meta
+}
+
 // caConfig is connect.ca_config as the cluster wants it, the cluster ID included.
 func caConfig(rt *config.Runtime) map[string]any {
 	c := map[string]any{}

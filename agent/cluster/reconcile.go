@@ -105,13 +105,15 @@ func (r *reconciler) alive(ctx context.Context, m serf.Member) error {
 	}
 	reg := &api.CatalogRegistration{
 		ID: m.Tags[tagID], Node: m.Name, Address: m.Addr.String(), Datacenter: r.l.cfg.Datacenter,
-		SkipNodeUpdate: ns != nil,
+		// A node that is not there is made all the same. One that is, or that its own
+		// agent writes at this moment, knows more of itself than its member does.
+		SkipNodeUpdate: true,
 	}
 	var cmds []state.Command
 	if ns != nil && ns.Node.ID != "" && reg.ID != "" && ns.Node.ID != reg.ID {
 		// Another machine has the name now, and the pool has settled whose it is.
 		cmds = append(cmds, state.DeregisterCommand(&api.CatalogDeregistration{Node: m.Name}))
-		reg.SkipNodeUpdate, ns = false, nil
+		ns = nil
 	}
 	if s, ok := parseServer(m); ok && s.dc == r.l.cfg.Datacenter {
 		if want := consulServiceOf(m); ns == nil || !hasService(ns.Services, want) {
