@@ -182,9 +182,9 @@ func (r *Runner) Table(proxyID string) *Table {
 	return w.view.Load().table
 }
 
-// worker runs the data plane of one proxy. Three goroutines share it, all ended
-// by run: one that compiles, one that keeps a data plane running, one that
-// writes tables to disk.
+// worker runs the data plane of one proxy. Four goroutines share it, all ended
+// by run: one that compiles, one that keeps a data plane running, one that drains
+// it, one that writes tables to disk.
 type worker struct {
 	r      *Runner
 	id     string
@@ -201,6 +201,10 @@ type worker struct {
 	offered *signal // a state
 	chosen  *signal // another data plane, or a table for the first time
 	unsaved *signal // a table
+
+	drain      atomic.Pointer[drainJob] // nil while it is in use
+	drainAsked *signal
+	replaced   *signal // a data plane was started
 }
 
 // view is what the compiling goroutine has made. It is never written to.
@@ -231,7 +235,7 @@ type planeView struct {
 func newWorker(r *Runner, id string, s *proxycfg.State) *worker {
 	w := &worker{
 		r: r, id: id, done: make(chan struct{}), logger: r.logger.With("proxy_id", id),
-		offered: newSignal(), chosen: newSignal(), unsaved: newSignal(),
+		offered: newSignal(), chosen: newSignal(), unsaved: newSignal(), drainAsked: newSignal(), replaced: newSignal(),
 	}
 	v := &view{}
 	v.choose(s, r.conf.DataPlane)
@@ -293,6 +297,7 @@ func (w *worker) run(ctx context.Context) {
 	var wg sync.WaitGroup
 	wg.Go(func() { w.compile(ctx) })
 	wg.Go(func() { w.serve(ctx) })
+	wg.Go(func() { w.drains(ctx) })
 	if w.r.keep != nil {
 		wg.Go(func() { w.save(ctx) })
 	}
@@ -390,6 +395,7 @@ func (w *worker) serveOne(ctx context.Context, v *view) error {
 		return fmt.Errorf("make data plane %q: %w", v.planeName, err)
 	}
 	w.plane.Store(&planeView{name: v.planeName, plane: plane})
+	w.replaced.set()
 	// The compiling goroutine hands over what it makes from here on. Until nothing
 	// newer is seen, because it may have done so between the load and the Apply.
 	for t := (*Table)(nil); t != w.view.Load().table; {

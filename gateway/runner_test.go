@@ -118,6 +118,8 @@ type bench struct {
 	mu     sync.Mutex
 	planes []*fakePlane
 	refuse error // of the factory
+	// wrap may make more of a data plane.
+	wrap func(*fakePlane) gateway.DataPlane
 }
 
 // newBench starts a runner in the bubble. The feed may be filled before.
@@ -135,6 +137,9 @@ func newBench(t *testing.T, dir string, f *feed) *bench {
 			}
 			p := &fakePlane{name: fmt.Sprint(conf["data_plane"]), fail: make(chan error, 1)}
 			b.planes = append(b.planes, p)
+			if b.wrap != nil {
+				return b.wrap(p), nil
+			}
 			return p, nil
 		},
 	})

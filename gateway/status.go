@@ -50,6 +50,8 @@ type ProxyStatus struct {
 	CertificateExpires time.Time `json:",omitzero"`
 	// Warnings are the table's.
 	Warnings []string `json:",omitempty"`
+	// Drain is how far its drain is; nil while it is in use.
+	Drain *Progress `json:",omitempty"`
 	// Plane is what the data plane says; nil while none runs.
 	Plane     *Status          `json:",omitempty"`
 	Upstreams []UpstreamStatus `json:",omitempty"`
@@ -107,6 +109,9 @@ func (w *worker) status(now time.Time) ProxyStatus {
 		Kind:      s.Proxy.Service.Kind,
 		Service:   s.Proxy.Service.Service,
 		DataPlane: v.planeName,
+	}
+	if j := w.drain.Load(); j != nil {
+		st.Drain = j.progress.Load()
 	}
 	if p.plane != nil {
 		plane := p.plane.Status()
