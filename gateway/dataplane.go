@@ -73,6 +73,9 @@ type EndpointStatus struct {
 	Connected uint64
 	Failed    uint64
 	LastError string `json:",omitempty"`
+	// EjectedUntil is how long the endpoint is passed over, because connecting to it
+	// failed; zero while it is not.
+	EjectedUntil time.Time `json:",omitzero"`
 }
 
 // Refusal is a connection that was closed without reaching an endpoint.

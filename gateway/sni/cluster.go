@@ -21,6 +21,7 @@ type cluster struct {
 	active    atomic.Int64
 	connected atomic.Uint64
 	failed    atomic.Uint64
+	retries   atomic.Uint64
 	rr        atomic.Uint64 // position of round robin
 	// bytes has one element for each worker that writes it.
 	bytes atomic.Pointer[[]byteCount]
@@ -167,7 +168,9 @@ func (d *dial) next(now int64) bool {
 			d.addr = addrs[(int(d.start&0xffff)+d.triedOf(ep))%len(addrs)]
 			d.tier, d.ep = t, ep
 			d.tried[d.tries] = ep
-			d.tries++
+			if d.tries++; d.tries > 1 {
+				t.owner.retries.Add(1)
+			}
 			return true
 		}
 	}

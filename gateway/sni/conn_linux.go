@@ -3,6 +3,7 @@ package sni
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -32,7 +33,7 @@ func (l *loop) newConn() *conn {
 // already, and then nothing is kept or waited for.
 func (l *loop) begin(ln *listener, fd int32) {
 	c := l.newConn()
-	c.l, c.phase = ln, phaseHello
+	c.l, c.phase, c.born = ln, phaseHello, l.clock
 	c.fd = [2]int32{fd, -1}
 	peer := getSockaddr(&l.sa)
 	if ln.full() {
@@ -216,9 +217,9 @@ func (l *loop) parse(data []byte, scan *helloScan) (reason string) {
 func (l *loop) open(c *conn, peer netip.AddrPort, data []byte, sent int, d *dial) {
 	c.owner, c.ep = d.done()
 	c.count = c.owner.counter(l.worker, len(l.e.loops))
-	add(&c.count.in, sent)
+	c.moved(client, sent)
 	c.phase = phaseOpen
-	c.active = l.tick
+	c.active = l.clock
 	if l.f.log.IsTrace() {
 		var scan helloScan
 		if scan.feed(data, maxHelloBytes+1); scan.need > 0 && scan.msg == scan.need {
@@ -307,7 +308,7 @@ func (l *loop) event(key uint32, gen int32, events uint32) {
 	case phaseOpen:
 		if events&unix.EPOLLERR != 0 && c.held[side] != nil {
 			// Reset, while what it sent before cannot be passed on.
-			l.end(c, true)
+			l.end(c, true, closeReset)
 			return
 		}
 		if events&unix.EPOLLOUT != 0 && c.held[1-side] != nil {
@@ -322,9 +323,10 @@ func (l *loop) event(key uint32, gen int32, events uint32) {
 }
 
 // end closes a connection; with reset, so that both sides see that it was cut.
-func (l *loop) end(c *conn, reset bool) {
+func (l *loop) end(c *conn, reset bool, why closeReason) {
 	if c.owner != nil {
 		closed(c.owner, c.ep)
+		c.l.closed[why].Add(1)
 	}
 	if c.begun != nil {
 		l.dropBegun(c)
@@ -353,20 +355,106 @@ func (l *loop) end(c *conn, reset bool) {
 // refuse closes a connection that reaches no endpoint.
 func (l *loop) refuse(c *conn, peer netip.AddrPort, h *hello, data []byte, reason, detail string) {
 	l.f.refuse(c.l, peer, h, len(data), reason, detail)
-	l.end(c, false)
+	l.end(c, false, closeDone)
 }
 
-func (l *loop) closeConns(ln *listener) {
-	for _, chunk := range l.chunks {
-		for i := range chunk {
-			c := &chunk[i]
-			if c.phase == phaseFree || ln != nil && c.l != ln {
-				continue
-			}
-			if c.phase&^doomed == phaseConnecting {
-				c.begun.dial.abandon()
-			}
-			l.end(c, false)
+// closeConns closes the connections of a listener; nil is all of them.
+func (l *loop) closeConns(ln *listener, why closeReason) {
+	for c := range l.conns {
+		if ln == nil || c.l == ln {
+			l.cut(c, why)
 		}
 	}
+}
+
+// conns calls yield with every connection there is, which yield may end.
+func (l *loop) conns(yield func(*conn) bool) {
+	for _, chunk := range l.chunks {
+		for i := range chunk {
+			if c := &chunk[i]; c.phase != phaseFree && !yield(c) {
+				return
+			}
+		}
+	}
+}
+
+// cut ends a connection in whatever phase it is, for a reason of ours.
+func (l *loop) cut(c *conn, why closeReason) {
+	if c.phase&^doomed == phaseConnecting {
+		c.begun.dial.abandon()
+	}
+	if b := c.begun; b != nil {
+		l.refuse(c, b.peer, nil, b.buf, gateway.RefuseClientGone, "cut: "+closeNames[why])
+		return
+	}
+	l.end(c, false, why)
+}
+
+// since is when a connection was accepted, on the forwarder's clock.
+func (c *conn) since() int64 { return int64(c.born) << tickShift }
+
+func (e *epoll) oldest(limit int) []handle {
+	var all []handle
+	for i, lp := range e.loops {
+		lp.do(func() {
+			var hs []handle
+			for c := range lp.conns {
+				hs = append(hs, handle{born: c.since(), worker: int32(i), id: c.id, gen: c.gen})
+				// So that the list of a few of very many stays short.
+				if limit < 1<<16 && len(hs) >= 4*limit+1024 {
+					hs = firstOf(hs, limit)
+				}
+			}
+			all = append(all, hs...)
+		})
+	}
+	return firstOf(all, limit)
+}
+
+// each runs fn on the loop of each connection that there still is.
+func (e *epoll) each(hs []handle, fn func(i int, l *loop, c *conn)) {
+	for w, lp := range e.loops {
+		if !slices.ContainsFunc(hs, func(h handle) bool { return h.worker == int32(w) }) {
+			continue
+		}
+		lp.do(func() {
+			for i, h := range hs {
+				if h.worker != int32(w) {
+					continue
+				}
+				if c := lp.conn(h.id); c.gen == h.gen && c.phase != phaseFree {
+					fn(i, lp, c)
+				}
+			}
+		})
+	}
+}
+
+func (e *epoll) describe(hs []handle) []gateway.Connection {
+	out := make([]gateway.Connection, len(hs))
+	e.each(hs, func(i int, l *loop, c *conn) {
+		x := &out[i]
+		x.Listener, x.Client, x.Since = c.l.name(), l.peer(c).String(), l.f.at(c.since())
+		x.BytesIn, x.BytesOut = c.bytes[client], c.bytes[target]
+		if c.owner != nil {
+			x.Cluster, x.Endpoint = c.owner.name, c.ep.key
+		}
+	})
+	return slices.DeleteFunc(out, func(x gateway.Connection) bool { return x.Listener == "" && x.Since.IsZero() })
+}
+
+func (e *epoll) closeThese(hs []handle, why closeReason) (n int) {
+	e.each(hs, func(_ int, l *loop, c *conn) {
+		l.cut(c, why)
+		n++
+	})
+	return n
+}
+
+// peer asks the kernel for the client's address.
+func (l *loop) peer(c *conn) netip.AddrPort {
+	if c.begun != nil {
+		return c.begun.peer
+	}
+	return rawPeer(c.fd[client])
 }

@@ -2,6 +2,7 @@ package sni
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -11,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sluicemesh/sluice/gateway"
 )
 
 // epoll is the engine of Linux: loops that share nothing but the table and the
@@ -86,10 +89,24 @@ func (e *epoll) unlisten(l *listener) {
 	delete(e.socks, l)
 }
 
-func (e *epoll) closeConns(l *listener) {
+func (e *epoll) closeConns(l *listener, why closeReason) {
 	for _, lp := range e.loops {
-		lp.do(func() { lp.closeConns(l) })
+		lp.do(func() { lp.closeConns(l, why) })
 	}
+}
+
+func (e *epoll) hold(l *listener) error {
+	var errs []error
+	for _, lp := range e.loops {
+		lp.do(func() {
+			for _, s := range lp.socks {
+				if s != nil && s.l == l {
+					errs = append(errs, gateway.HoldOff(int(s.fd)))
+				}
+			}
+		})
+	}
+	return errors.Join(errs...)
 }
 
 func (e *epoll) stop() {
@@ -109,12 +126,6 @@ const (
 
 	// doomed marks a connection that the timer is to end: events cannot be had.
 	doomed = 0x80
-)
-
-// The sides of a connection. A direction is named by the side it comes from.
-const (
-	client = iota
-	target
 )
 
 // The flags of a side.
@@ -137,15 +148,18 @@ type conn struct {
 	flags [2]uint8
 	full  [2]uint8 // reads in a row that filled the buffer
 	phase uint8
-	gen   int32
-	id    uint32
+	// linked says whether the timer is in the wheel.
+	linked bool
+	gen    int32
+	id     uint32
+	born   uint32 // the tick of accepting
 
-	// Timer wheel: neighbours, the tick of the deadline, and whether linked.
+	// Timer wheel: neighbours, and the tick of the deadline.
 	next, prev uint32
 	deadline   uint32
 	active     uint32 // the tick of the last byte
-	linked     bool
 
+	bytes [2]uint64 // that were passed on, by the side they came from
 	l     *listener
 	owner *cluster
 	ep    *endpoint
@@ -194,6 +208,8 @@ const (
 	// acceptPause is how long a loop that ran out of descriptors accepts nothing.
 	acceptPause = 50 * time.Millisecond
 	maxAccept   = 64
+	// maxDrained bounds what is accepted of a socket that is to be closed.
+	maxDrained = 1 << 16
 
 	connChunk = 512
 )
@@ -215,9 +231,10 @@ type loop struct {
 	todo     []func()
 	stopping bool // the loop's own
 
-	now  int64 // of this turn, on the forwarder's clock
-	tick uint32
-	busy bool
+	now   int64  // of this turn, on the forwarder's clock
+	clock uint32 // now as a tick
+	tick  uint32 // up to which timers have fired
+	busy  bool
 
 	events [256]unix.EpollEvent
 	buf    []byte
@@ -269,7 +286,8 @@ func newLoop(e *epoll, worker int) (*loop, error) {
 		return nil, os.NewSyscallError("epoll_ctl", errno)
 	}
 	l.now = l.f.now()
-	l.tick = tickOf(l.now)
+	l.clock = tickOf(l.now)
+	l.tick = l.clock
 	return l, nil
 }
 
@@ -320,6 +338,7 @@ func (l *loop) run() {
 	for !l.stopping {
 		n := l.wait()
 		l.now = l.f.now()
+		l.clock = tickOf(l.now)
 		for i := range n {
 			ev := &l.events[i]
 			switch {
@@ -336,7 +355,7 @@ func (l *loop) run() {
 		l.advance()
 		l.runQueue()
 	}
-	l.closeConns(nil)
+	l.closeConns(nil, closeStopped)
 	for i, s := range l.socks {
 		if s != nil {
 			rawClose(s.fd)
@@ -401,9 +420,18 @@ func (l *loop) watchListener(i, op int) {
 	rawEpollCtl(l.ep, op, l.socks[i].fd, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(listenerEvent - i)})
 }
 
+// removeListener closes a socket, after accepting what waits there: closing would
+// reset it.
 func (l *loop) removeListener(ln *listener) {
 	for i, s := range l.socks {
 		if s != nil && s.l == ln {
+			for range maxDrained {
+				fd, e := rawAccept(s.fd, &l.sa)
+				if e != 0 {
+					break
+				}
+				l.begin(ln, fd)
+			}
 			rawClose(s.fd)
 			l.socks[i] = nil
 		}

@@ -26,7 +26,7 @@ func idleLoop(t *testing.T) *loop {
 		t.Fatal(err)
 	}
 	t.Cleanup(l.free)
-	l.now, l.tick = 0, 0
+	l.now, l.clock, l.tick = 0, 0, 0
 	return l
 }
 
@@ -74,6 +74,7 @@ func TestWheel(t *testing.T) {
 		if r.IntN(2000) == 0 {
 			l.now += int64(20 * time.Second) // a suspended machine
 		}
+		l.clock = tickOf(l.now)
 		l.advance()
 		for c, at := range due {
 			switch {

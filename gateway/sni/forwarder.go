@@ -27,7 +27,9 @@ type Forwarder struct {
 
 	pending atomic.Pointer[gateway.Table]
 	wake    chan struct{} // capacity 1
+	calls   chan func(*control)
 	started atomic.Bool
+	ended   chan struct{} // closed when Run has ended
 
 	// routes is all that a connection reads of the table in use.
 	routes atomic.Pointer[index]
@@ -40,7 +42,11 @@ type Forwarder struct {
 	faultLogged atomic.Int64
 }
 
-var _ gateway.DataPlane = (*Forwarder)(nil)
+var (
+	_ gateway.DataPlane        = (*Forwarder)(nil)
+	_ gateway.Drainer          = (*Forwarder)(nil)
+	_ gateway.ConnectionLister = (*Forwarder)(nil)
+)
 
 // view is the table in use, as Status shows it. Immutable.
 type view struct {
@@ -59,11 +65,55 @@ type listener struct {
 
 	active   atomic.Int64
 	accepted atomic.Uint64
-	refused  atomic.Uint64
+	closed   [closeReasons]atomic.Uint64
+	refused  [len(refuseReasons) + 1]atomic.Uint64 // the last is of reasons not listed
 
 	// Owned by the control goroutine.
 	retryAt time.Time
 	backoff time.Duration
+	held    bool // bound, and takes nothing new
+}
+
+// The sides of a connection. A direction is named by the side it comes from.
+const (
+	client = iota
+	target
+)
+
+// closeReason is why a connection ended, as an index of closeNames.
+type closeReason uint8
+
+const (
+	closeDone closeReason = iota
+	closeReset
+	closeIdle
+	closeDrain
+	closeRemoved
+	closeStopped
+	closeReasons
+)
+
+var closeNames = [closeReasons]string{
+	closeDone: gateway.CloseDone, closeReset: gateway.CloseReset, closeIdle: gateway.CloseIdle,
+	closeDrain: gateway.CloseDrain, closeRemoved: gateway.CloseRemoved, closeStopped: gateway.CloseStopped,
+}
+
+// refuseReasons are those that are counted one by one.
+var refuseReasons = [...]string{
+	gateway.RefuseHelloTimeout, gateway.RefuseHelloTooLarge, gateway.RefuseNotTLS, gateway.RefuseNoServerName,
+	gateway.RefuseBadServerName, gateway.RefuseNoRoute, gateway.RefuseNoEndpoint, gateway.RefuseConnect,
+	gateway.RefuseLimit, gateway.RefuseClientGone,
+}
+
+// countRefusal counts a connection that reaches no endpoint.
+func (l *listener) countRefusal(reason string) {
+	for i, r := range refuseReasons {
+		if r == reason {
+			l.refused[i].Add(1)
+			return
+		}
+	}
+	l.refused[len(refuseReasons)].Add(1)
 }
 
 // bindState is immutable.
@@ -91,15 +141,27 @@ type engine interface {
 	listen(l *listener) (string, error)
 	// unlisten closes l's socket, and returns when nothing more is accepted.
 	unlisten(l *listener)
+	// hold makes l's sockets take nothing new, while what has begun to connect may
+	// still be accepted. An error means that it cannot be had.
+	hold(l *listener) error
 	// closeConns closes the connections that came by l.
-	closeConns(l *listener)
+	closeConns(l *listener, why closeReason)
+	// oldest returns the open connections in the order of their ages, at most limit.
+	oldest(limit int) []handle
+	// describe tells of connections; those that have ended meanwhile are left out.
+	describe(hs []handle) []gateway.Connection
+	// closeThese closes connections, and returns how many there still were.
+	closeThese(hs []handle, why closeReason) int
 	// stop closes everything and returns when nothing is left.
 	stop()
 }
 
 // New makes a forwarder. A Config that does not validate is told by Run.
 func New(cfg Config) *Forwarder {
-	f := &Forwarder{cfg: cfg.withDefaults(), epoch: time.Now(), wake: make(chan struct{}, 1)}
+	f := &Forwarder{
+		cfg: cfg.withDefaults(), epoch: time.Now(), wake: make(chan struct{}, 1),
+		calls: make(chan func(*control)), ended: make(chan struct{}),
+	}
 	f.log = f.cfg.Logger.Named("sni")
 	f.view.Store(&view{})
 	ch := make(chan struct{})
@@ -164,6 +226,7 @@ func (f *Forwarder) Run(ctx context.Context) error {
 		listeners: map[string]*listener{},
 	}
 	c.run(ctx)
+	close(f.ended)
 	eng.stop()
 	c.reg.dns.stop()
 	for _, l := range c.listeners {
@@ -195,12 +258,13 @@ type control struct {
 	eng       engine
 	reg       registry
 	listeners map[string]*listener // by address
-	draining  []drain
+	draining  []draining
 	index     *index
+	stopped   bool // nothing is bound, see StopAccepting
 }
 
-// drain is a removed listener whose connections are closed at a time.
-type drain struct {
+// draining is a removed listener whose connections are closed at a time.
+type draining struct {
 	l  *listener
 	at time.Time
 }
@@ -216,6 +280,8 @@ func (c *control) run(ctx context.Context) {
 			if t := c.f.pending.Swap(nil); t != nil {
 				c.apply(ctx, t)
 			}
+		case call := <-c.f.calls:
+			call(c)
 		case <-timer.C:
 		}
 		timer.Reset(c.due())
@@ -230,6 +296,10 @@ func (c *control) due() time.Duration {
 		if st := l.state.Load(); st != nil && st.bound {
 			continue
 		}
+		if c.stopped {
+			l.state.Store(&bindState{address: l.address, err: "draining"})
+			continue
+		}
 		if !now.Before(l.retryAt) {
 			c.bind(l, now)
 		}
@@ -237,12 +307,12 @@ func (c *control) due() time.Duration {
 			next = l.retryAt
 		}
 	}
-	c.draining = slices.DeleteFunc(c.draining, func(d drain) bool {
+	c.draining = slices.DeleteFunc(c.draining, func(d draining) bool {
 		if d.l.active.Load() == 0 {
 			return true
 		}
 		if !now.Before(d.at) {
-			c.eng.closeConns(d.l)
+			c.eng.closeConns(d.l, closeRemoved)
 			return true
 		}
 		if d.at.Before(next) {
@@ -327,7 +397,7 @@ func (c *control) applyListeners(t *gateway.Table) []*listener {
 			c.eng.unlisten(l)
 			l.state.Store(&bindState{address: addr, err: "removed"})
 		}
-		c.draining = append(c.draining, drain{l, time.Now().Add(max(c.f.cfg.DrainTimeout, 0))})
+		c.draining = append(c.draining, draining{l, time.Now().Add(max(c.f.cfg.DrainTimeout, 0))})
 		c.f.log.Info("listener removed", "listener", l.name(), "address", addr, "connections", l.active.Load())
 	}
 	return out
@@ -369,7 +439,17 @@ func (f *Forwarder) Status() gateway.Status {
 	for _, l := range v.listeners {
 		ls := gateway.ListenerStatus{
 			Name: l.name(), Address: l.address, Active: l.active.Load(),
-			Accepted: l.accepted.Load(), RefusedTotal: l.refused.Load(),
+			Accepted: l.accepted.Load(),
+		}
+		for i := range l.refused {
+			n := l.refused[i].Load()
+			ls.RefusedTotal += n
+			if i < len(refuseReasons) {
+				ls.Refused = countOf(ls.Refused, refuseReasons[i], n)
+			}
+		}
+		for i := range l.closed {
+			ls.Closed = countOf(ls.Closed, closeNames[i], l.closed[i].Load())
 		}
 		if st := l.state.Load(); st != nil {
 			ls.Address, ls.Bound, ls.Error = st.address, st.bound, st.err
@@ -377,15 +457,29 @@ func (f *Forwarder) Status() gateway.Status {
 		s.Listeners = append(s.Listeners, ls)
 	}
 	for _, c := range v.clusters {
-		if cs := c.status(); cs.Connected+cs.Failed > 0 || cs.Active > 0 {
+		if cs := c.status(f); cs.Connected+cs.Failed > 0 || cs.Active > 0 {
 			s.Clusters = append(s.Clusters, cs)
 		}
 	}
 	return s
 }
 
-func (c *cluster) status() gateway.ClusterStatus {
-	s := gateway.ClusterStatus{Name: c.name, Active: c.active.Load(), Connected: c.connected.Load(), Failed: c.failed.Load()}
+// countOf sets a count that is not 0.
+func countOf(m map[string]uint64, name string, n uint64) map[string]uint64 {
+	if n == 0 {
+		return m
+	}
+	if m == nil {
+		m = map[string]uint64{}
+	}
+	m[name] = n
+	return m
+}
+
+func (c *cluster) status(f *Forwarder) gateway.ClusterStatus {
+	s := gateway.ClusterStatus{
+		Name: c.name, Active: c.active.Load(), Connected: c.connected.Load(), Failed: c.failed.Load(), Retries: c.retries.Load(),
+	}
 	if b := c.bytes.Load(); b != nil {
 		for i := range *b {
 			s.BytesIn += (*b)[i].in.Load()
@@ -406,6 +500,9 @@ func (c *cluster) status() gateway.ClusterStatus {
 				es.LastError = *e
 			}
 		}
+		if until := ep.ejectedUntil.Load(); until > f.now() {
+			es.EjectedUntil = f.epoch.Add(time.Duration(until))
+		}
 		s.Endpoints = append(s.Endpoints, es)
 	}
 	slices.SortFunc(s.Endpoints, func(a, b gateway.EndpointStatus) int { return cmp.Compare(a.Address, b.Address) })
@@ -415,7 +512,7 @@ func (c *cluster) status() gateway.ClusterStatus {
 // refuse records a connection that reaches no endpoint. h is nil when no hello
 // was read.
 func (f *Forwarder) refuse(l *listener, peer netip.AddrPort, h *hello, n int, reason, detail string) {
-	l.refused.Add(1)
+	l.countRefusal(reason)
 	r := gateway.Refusal{
 		At: time.Now(), Listener: l.name(), Peer: peer.String(), HelloBytes: n, Reason: reason, Detail: detail,
 	}

@@ -149,6 +149,23 @@ func TestIdleTimeout(t *testing.T) {
 	})
 }
 
+// What has moved bytes is not idle, however long the forwarder slept before.
+func TestIdleTimeoutCountsFromTheLastByte(t *testing.T) {
+	hello := helloFor(t, "web.example")
+	onEngines(t, func(t *testing.T, engine string) {
+		b := greeter(t, hello, "H", echo)
+		const idle = time.Second
+		f := start(t, Config{Engine: engine, IdleTimeout: idle},
+			table([]gateway.Cluster{clusterOf("web", b.addr)}, "web.example", "web"))
+		c := f.dial(hello)
+		expectTag(t, c, "H")
+		for range 3 {
+			<-time.After(idle * 6 / 10)
+			alive(t, c)
+		}
+	})
+}
+
 func TestHelloInPieces(t *testing.T) {
 	hello := helloFor(t, "web.example")
 	onEngines(t, func(t *testing.T, engine string) {

@@ -33,7 +33,8 @@ type netpoll struct {
 }
 
 type netpollListener struct {
-	net.Listener
+	*net.TCPListener
+	last atomic.Bool   // the deadline is the end
 	done chan struct{} // closed when its accept loop has ended
 }
 
@@ -43,10 +44,18 @@ type netpollConn struct {
 	client   *net.TCPConn
 	endpoint *net.TCPConn // guarded by the engine's mutex until it is set
 
+	born       int64     // on the forwarder's clock
+	owner      *cluster  // guarded by the engine's mutex until it is set
+	ep         *endpoint // with owner
 	count      *byteCount
-	lastActive atomic.Int64 // on the forwarder's clock
-	halves     atomic.Int32 // directions that have ended
+	bytes      [2]atomic.Uint64 // that were passed on, from the client and to it
+	lastActive atomic.Int64     // on the forwarder's clock
+	halves     atomic.Int32     // directions that have ended
+	why        atomic.Int32     // closeReason of the end; the first that is set counts
 }
+
+// cause sets why the connection ends, unless something ended it before.
+func (c *netpollConn) cause(why closeReason) { c.why.CompareAndSwap(0, int32(why)) }
 
 // copyChunk is after how many bytes a direction is accounted: io.Copy would
 // tell only at its end.
@@ -80,31 +89,84 @@ func (e *netpoll) listen(l *listener) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	s := &netpollListener{Listener: ln, done: make(chan struct{})}
+	s := &netpollListener{TCPListener: ln.(*net.TCPListener), done: make(chan struct{})}
 	e.socks[l] = s
 	e.wg.Go(func() {
 		defer close(s.done)
-		e.accept(l, ln)
+		e.accept(l, s)
 	})
 	return ln.Addr().String(), nil
 }
 
+// lastAccept is how long a socket that is to be closed accepts what waits there:
+// closing would reset it.
+const lastAccept = 10 * time.Millisecond
+
 func (e *netpoll) unlisten(l *listener) {
 	if s := e.socks[l]; s != nil {
-		s.Close()
+		s.last.Store(true)
+		s.SetDeadline(time.Now().Add(lastAccept))
 		<-s.done
+		s.Close()
 		delete(e.socks, l)
 	}
 }
 
-func (e *netpoll) closeConns(l *listener) {
+func (e *netpoll) hold(l *listener) error { return gateway.HoldOffConn(e.socks[l]) }
+
+func (e *netpoll) closeConns(l *listener, why closeReason) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	for c := range e.conns {
 		if c.l == l {
+			c.cause(why)
 			c.close()
 		}
 	}
+}
+
+func (e *netpoll) oldest(limit int) []handle {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	hs := make([]handle, 0, len(e.conns))
+	for c := range e.conns {
+		hs = append(hs, handle{born: c.born, conn: c})
+	}
+	return firstOf(hs, limit)
+}
+
+func (e *netpoll) describe(hs []handle) []gateway.Connection {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	out := make([]gateway.Connection, 0, len(hs))
+	for _, h := range hs {
+		c := h.conn
+		if _, ok := e.conns[c]; !ok {
+			continue
+		}
+		x := gateway.Connection{
+			Listener: c.l.name(), Client: addrPort(c.client.RemoteAddr()).String(), Since: e.f.at(c.born),
+			BytesIn: c.bytes[client].Load(), BytesOut: c.bytes[target].Load(),
+		}
+		if c.owner != nil {
+			x.Cluster, x.Endpoint = c.owner.name, c.ep.key
+		}
+		out = append(out, x)
+	}
+	return out
+}
+
+func (e *netpoll) closeThese(hs []handle, why closeReason) (n int) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, h := range hs {
+		if _, ok := e.conns[h.conn]; ok && h.conn.why.Load() == 0 {
+			h.conn.cause(why)
+			h.conn.close()
+			n++
+		}
+	}
+	return n
 }
 
 func (e *netpoll) stop() {
@@ -115,6 +177,7 @@ func (e *netpoll) stop() {
 	e.mu.Lock()
 	e.ended = true
 	for c := range e.conns {
+		c.cause(closeStopped)
 		c.close()
 	}
 	e.mu.Unlock()
@@ -129,12 +192,12 @@ func (c *netpollConn) close() {
 	}
 }
 
-func (e *netpoll) accept(l *listener, ln net.Listener) {
+func (e *netpoll) accept(l *listener, ln *netpollListener) {
 	const pauseMin, pauseMax = 5 * time.Millisecond, time.Second
 	pause := pauseMin
 	for {
 		c, err := ln.Accept()
-		if errors.Is(err, net.ErrClosed) {
+		if errors.Is(err, net.ErrClosed) || ln.last.Load() && err != nil {
 			return
 		}
 		if err != nil {
@@ -150,12 +213,13 @@ func (e *netpoll) accept(l *listener, ln net.Listener) {
 			continue
 		}
 		pause = pauseMin
-		p := &netpollConn{l: l, client: c.(*net.TCPConn)}
+		p := &netpollConn{l: l, client: c.(*net.TCPConn), born: e.f.now()}
 		e.mu.Lock()
 		e.conns[p] = struct{}{}
 		ended := e.ended
 		e.mu.Unlock()
 		if ended {
+			p.cause(closeStopped)
 			p.close()
 		}
 		e.wg.Go(func() { e.serve(p) })
@@ -212,7 +276,13 @@ func (e *netpoll) serve(p *netpollConn) {
 		return
 	}
 	owner, ep := d.done()
-	defer closed(owner, ep)
+	e.mu.Lock()
+	p.owner, p.ep = owner, ep
+	e.mu.Unlock()
+	defer func() {
+		closed(owner, ep)
+		p.l.closed[p.why.Load()].Add(1)
+	}()
 	if f.log.IsTrace() {
 		f.log.Trace("connected", "listener", p.l.name(), "peer_addr", peer, "server_name", string(h.name()),
 			"cluster", owner.name, "endpoint", ep.key)
@@ -221,14 +291,16 @@ func (e *netpoll) serve(p *netpollConn) {
 	p.lastActive.Store(f.now())
 	_, err := p.endpoint.Write((*bp)[:n])
 	p.count.in.Add(uint64(n))
+	p.bytes[client].Add(uint64(n))
 	e.bufs.Put(bp)
 	if err != nil {
+		p.cause(closeReset)
 		p.reset(p.client)
 		return
 	}
 	var wg sync.WaitGroup
-	wg.Go(func() { e.copy(p, p.client, p.endpoint, &p.count.out) })
-	e.copy(p, p.endpoint, p.client, &p.count.in)
+	wg.Go(func() { e.copy(p, p.client, p.endpoint, &p.count.out, &p.bytes[target]) })
+	e.copy(p, p.endpoint, p.client, &p.count.in, &p.bytes[client])
 	wg.Wait()
 }
 
@@ -321,7 +393,7 @@ var errConnectTimeout = errors.New("connect timed out")
 
 // copy moves one direction until its end, and passes the end on. Both ends are
 // bare TCP connections, so that the bytes need not pass through the process.
-func (e *netpoll) copy(p *netpollConn, dst, src *net.TCPConn, count *atomic.Uint64) {
+func (e *netpoll) copy(p *netpollConn, dst, src *net.TCPConn, count, own *atomic.Uint64) {
 	f := e.f
 	lim := io.LimitedReader{R: src}
 	for {
@@ -333,6 +405,7 @@ func (e *netpoll) copy(p *netpollConn, dst, src *net.TCPConn, count *atomic.Uint
 		n, err := dst.ReadFrom(&lim)
 		if n > 0 {
 			count.Add(uint64(n))
+			own.Add(uint64(n))
 			p.lastActive.Store(f.now())
 		}
 		switch {
@@ -352,12 +425,14 @@ func (e *netpoll) copy(p *netpollConn, dst, src *net.TCPConn, count *atomic.Uint
 			if n > 0 || idle == 0 || f.now()-p.lastActive.Load() < int64(idle) {
 				continue
 			}
+			p.cause(closeIdle)
 			p.client.Close()
 			p.endpoint.Close()
 			return
 		}
 		// One of the two was reset, or both are being closed: the other learns the
 		// same way.
+		p.cause(closeReset)
 		p.reset(src)
 		p.reset(dst)
 		return

@@ -11,26 +11,22 @@ import (
 func (l *loop) pump(c *conn, src int) bool {
 	dst := 1 - src
 	fd, to := c.fd[src], c.fd[dst]
-	count := &c.count.in
-	if src == target {
-		count = &c.count.out
-	}
 	left := burst
 	if h := c.held[src]; h != nil {
 		switch n, e := l.flush(c, h, to); {
 		case e == unix.EAGAIN:
-			add(count, n)
+			c.moved(src, n)
 			l.watch(c, dst, unix.EPOLLOUT)
 			return true
 		case e != 0:
-			l.end(c, true)
+			l.end(c, true, closeReset)
 			return false
 		default:
-			add(count, n)
+			c.moved(src, n)
 			c.held[src] = nil
 			l.dropHeld(h)
 		}
-		c.active = l.tick
+		c.active = l.clock
 	}
 	if c.flags[src]&flagEOF != 0 {
 		return true
@@ -38,12 +34,11 @@ func (l *loop) pump(c *conn, src int) bool {
 	for left > 0 {
 		if c.flags[src]&flagBulk != 0 {
 			n, drained, ok := l.splice(c, src, left)
-			add(count, n)
 			if !ok {
 				return false
 			}
 			if n > 0 {
-				c.active = l.tick
+				c.active = l.clock
 			}
 			left -= n
 			if drained || c.held[src] != nil {
@@ -56,12 +51,12 @@ func (l *loop) pump(c *conn, src int) bool {
 		case e == unix.EAGAIN:
 			return true
 		case e != 0:
-			l.end(c, true)
+			l.end(c, true, closeReset)
 			return false
 		case n == 0:
 			return l.eof(c, src)
 		}
-		c.active = l.tick
+		c.active = l.clock
 		if dst == target && c.flags[target]&flagNoDelay == 0 {
 			// The hello went out without; only from the second write on can the
 			// kernel hold anything back.
@@ -72,10 +67,10 @@ func (l *loop) pump(c *conn, src int) bool {
 		if e == unix.EAGAIN {
 			k = 0
 		} else if e != 0 {
-			l.end(c, true)
+			l.end(c, true, closeReset)
 			return false
 		}
-		add(count, k)
+		c.moved(src, k)
 		if k < n {
 			h := l.newHeld()
 			h.buf = append(l.block(n-k), l.buf[k:n]...)
@@ -121,7 +116,7 @@ func (l *loop) flush(c *conn, h *held, to int32) (n int, e syscall.Errno) {
 	return n, 0
 }
 
-// splice moves bytes through a pipe, in the kernel. drained says that the
+// splice moves bytes through a pipe, in the kernel, and accounts them. drained says that the
 // source has no more for now; ok is false when the connection has ended.
 func (l *loop) splice(c *conn, src, most int) (moved int, drained, ok bool) {
 	p, got := l.pipe()
@@ -149,7 +144,7 @@ func (l *loop) splice(c *conn, src, most int) (moved int, drained, ok bool) {
 			return moved, false, true
 		case e != 0:
 			l.dropPipe(p, false)
-			l.end(c, true)
+			l.end(c, true, closeReset)
 			return moved, false, false
 		case n == 0:
 			l.dropPipe(p, true)
@@ -166,11 +161,12 @@ func (l *loop) splice(c *conn, src, most int) (moved int, drained, ok bool) {
 			}
 			if e != 0 {
 				l.dropPipe(p, false)
-				l.end(c, true)
+				l.end(c, true, closeReset)
 				return moved, false, false
 			}
 			n -= k
 			moved += k
+			c.moved(src, k)
 		}
 	}
 	l.dropPipe(p, true)
@@ -183,7 +179,7 @@ func (l *loop) eof(c *conn, src int) bool {
 	c.flags[src] |= flagEOF
 	if c.flags[1-src]&flagEOF != 0 {
 		// An end is read only once what came before it is written: nothing is held.
-		l.end(c, false)
+		l.end(c, false, closeDone)
 		return false
 	}
 	rawShutdown(c.fd[1-src])
@@ -191,6 +187,16 @@ func (l *loop) eof(c *conn, src int) bool {
 		l.schedule(c, l.now+int64(d))
 	}
 	return true
+}
+
+// moved accounts bytes that came from src and were passed on.
+func (c *conn) moved(src, n int) {
+	c.bytes[src] += uint64(n)
+	if src == client {
+		add(&c.count.in, n)
+	} else {
+		add(&c.count.out, n)
+	}
 }
 
 // add counts bytes; this loop is the only writer of its counters.

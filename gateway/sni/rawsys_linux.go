@@ -193,3 +193,15 @@ func listenSocket(ap netip.AddrPort, share bool) (fd int32, bound netip.AddrPort
 	}
 	return fd, bound, nil
 }
+
+// rawPeer is the address at the far end; not valid when there is none any more.
+func rawPeer(fd int32) netip.AddrPort { return rawName(unix.SYS_GETPEERNAME, fd) }
+
+func rawName(call uintptr, fd int32) netip.AddrPort {
+	var sa unix.RawSockaddrAny
+	size := uint32(unix.SizeofSockaddrAny)
+	if _, _, e := syscall.RawSyscall(call, uintptr(fd), uintptr(unsafe.Pointer(&sa)), uintptr(unsafe.Pointer(&size))); e != 0 {
+		return netip.AddrPort{}
+	}
+	return getSockaddr(&sa)
+}

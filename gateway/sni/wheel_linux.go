@@ -122,16 +122,16 @@ func (l *loop) fire(c *conn) {
 		if idle == 0 {
 			return
 		}
-		if quiet := time.Duration(l.tick-c.active) << tickShift; quiet >= idle {
-			l.end(c, false)
+		if quiet := time.Duration(l.clock-c.active) << tickShift; quiet >= idle {
+			l.end(c, false, closeIdle)
 		} else {
 			l.schedule(c, l.now+int64(idle-quiet))
 		}
 	case phaseConnecting | doomed:
 		c.begun.dial.abandon()
-		l.end(c, true)
+		l.end(c, true, closeReset)
 	default:
-		l.end(c, true)
+		l.end(c, true, closeReset)
 	}
 }
 
