@@ -90,45 +90,53 @@ func used(t *testing.T, gw *agenttest.Node, call func() error) {
 // in the other one, in order and abruptly. No call fails.
 func TestGatewayGoes(t *testing.T) {
 	m := startMesh(t, 25)
-	for _, far := range []bool{false, true} {
-		dc, ip, n := "dc1", "127.25.1.", m.dc1
-		if far {
-			dc, ip, n = "dc2", "127.25.2.", m.dc2
+	more := func(last string) []*agenttest.Node {
+		gws := []*agenttest.Node{second(t, m.dc1, "dc1", "127.25.1."+last), second(t, m.dc2, "dc2", "127.25.2."+last)}
+		for _, gw := range gws {
+			used(t, gw, m.call)
 		}
-		// It leaves: open calls are drained.
-		gw := second(t, n, dc, ip+"2")
-		used(t, gw, m.call)
-		c := callAll(t, m.call)
-		if err := gw.Client.Agent().Leave(); err != nil {
-			t.Fatal(err)
-		}
-		n.AwaitCatalog("mesh-gateway", 1)
-		gw.Stop()
-		at := c.calls.Load()
-		agenttest.Until(t, agenttest.Limit, "calls after a gateway left", func() error {
-			if c.calls.Load()-at < 100 {
-				return fmt.Errorf("%d calls", c.calls.Load()-at)
-			}
-			return nil
-		})
-		c.stop()
-		t.Logf("%s: %d calls, %d of them failed, while a gateway left", dc, c.calls.Load(), c.failed.Load())
-
-		// It dies: what it was carrying dies with it, and every call after that finds
-		// the other one, long before the death is noticed.
-		gw = second(t, n, dc, ip+"3")
-		used(t, gw, m.call)
-		gw.Stop()
-		c = callAll(t, m.call)
-		agenttest.Until(t, agenttest.Limit, "calls after a gateway died", func() error {
-			if c.calls.Load() < 100 {
-				return fmt.Errorf("%d calls", c.calls.Load())
-			}
-			return nil
-		})
-		c.stop()
-		t.Logf("%s: %d calls, %d of them failed, after a gateway died", dc, c.calls.Load(), c.failed.Load())
+		return gws
 	}
+	enough := func(c *caller, what string) {
+		t.Helper()
+		at := c.calls.Load()
+		agenttest.Until(t, agenttest.Limit, what, func() error {
+			if n := c.calls.Load() - at; n < 100 {
+				return fmt.Errorf("%d calls", n)
+			}
+			return nil
+		})
+	}
+
+	// They leave: open calls are drained.
+	gws := more("2")
+	c := callAll(t, m.call)
+	var wg sync.WaitGroup
+	for _, gw := range gws {
+		wg.Go(func() {
+			if err := gw.Client.Agent().Leave(); err != nil {
+				t.Errorf("leave: %v", err)
+			}
+		})
+	}
+	wg.Wait()
+	for i, n := range []*agenttest.Node{m.dc1, m.dc2} {
+		n.AwaitCatalog("mesh-gateway", 1)
+		gws[i].Stop()
+	}
+	enough(c, "calls after gateways left")
+	c.stop()
+	t.Logf("%d calls, %d of them failed, while a gateway of each datacenter left", c.calls.Load(), c.failed.Load())
+
+	// They die: what they were carrying dies with them, and every call after that
+	// finds the other ones, long before the death is noticed.
+	for _, gw := range more("3") {
+		gw.Stop()
+	}
+	c = callAll(t, m.call)
+	enough(c, "calls after gateways died")
+	c.stop()
+	t.Logf("%d calls, %d of them failed, after a gateway of each datacenter died", c.calls.Load(), c.failed.Load())
 }
 
 const echoHCL = `
