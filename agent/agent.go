@@ -157,6 +157,9 @@ func New(opts Options) (_ *Agent, err error) {
 	if err := a.replaceFiles(rt); err != nil {
 		return nil, err
 	}
+	if err := a.endDrains(); err != nil {
+		return nil, err
+	}
 
 	// The API, and through it the agent's own requests to its servers.
 	a.handler = httpapi.New(httpapi.Config{
@@ -322,7 +325,7 @@ func (a *Agent) dataPlane(kind catalog.Kind, id string, conf map[string]any) (ga
 	case api.ServiceKindMeshGateway:
 		return sni.New(sni.Config{Engine: a.runtime().DataPlane.Engine, Logger: log.Named("sni")}), nil
 	case api.ServiceKindConnectProxy:
-		return sidecar.New(sidecar.Config{Logger: log.Named("sidecar")}), nil
+		return sidecar.New(sidecar.Config{AccessLog: a.accessLog(log), Logger: log.Named("sidecar")}), nil
 	}
 	return nil, fmt.Errorf("there is no built-in data plane for services of kind %q", kind)
 }

@@ -2,6 +2,8 @@ package agent
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"maps"
 	"runtime"
 	"strconv"
@@ -15,6 +17,7 @@ import (
 	"github.com/sluicemesh/sluice/agent/connect"
 	"github.com/sluicemesh/sluice/agent/httpapi"
 	"github.com/sluicemesh/sluice/agent/local"
+	"github.com/sluicemesh/sluice/gateway"
 )
 
 // node is the agent as the HTTP API sees it.
@@ -162,4 +165,57 @@ func (n *node) ProxyTable(id string) (any, bool) {
 		return nil, true
 	}
 	return nil, false
+}
+
+func (n *node) Connections(id string, limit int) (any, error) {
+	list, err := n.runner.Connections(id, limit)
+	if err != nil {
+		return nil, proxyError(err)
+	}
+	if list == nil {
+		list = []gateway.Connection{}
+	}
+	return list, nil
+}
+
+func (n *node) DrainProxy(_ context.Context, id string, req httpapi.DrainRequest, token acl.Secret) error {
+	a := (*Agent)(n)
+	plan := a.drainPlan()
+	if req.Wait != nil {
+		plan.Wait = *req.Wait
+	}
+	if req.Timeout != nil {
+		plan.Timeout = *req.Timeout
+	}
+	if req.Rate != nil {
+		plan.Rate = *req.Rate
+	}
+	return proxyError(n.runner.Drain(id, plan, a.announceDrain(id, token)))
+}
+
+func (n *node) DrainProgress(id string) (any, error) {
+	p, err := n.runner.DrainProgress(id)
+	if err != nil {
+		return nil, proxyError(err)
+	}
+	return p, nil
+}
+
+func (n *node) CancelDrain(ctx context.Context, id string) error {
+	return proxyError(n.runner.CancelDrain(ctx, id))
+}
+
+// proxyError returns the API's error for one of the runner.
+func proxyError(err error) error {
+	switch {
+	case errors.Is(err, gateway.ErrNoProxy):
+		return httpapi.ErrNoProxy
+	case errors.Is(err, gateway.ErrDraining):
+		return httpapi.ErrDraining
+	case errors.Is(err, gateway.ErrNotDraining):
+		return httpapi.ErrNotDraining
+	case errors.Is(err, gateway.ErrNoDrain):
+		return fmt.Errorf("%w: %w", httpapi.ErrNoDrain, err)
+	}
+	return err
 }

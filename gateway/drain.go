@@ -87,7 +87,7 @@ func RunDrain(ctx context.Context, p Plan, d Draining, progress func(Progress)) 
 	go watchEnd(ctx, d, cancel, ended)
 	defer func() { cancel(nil); <-ended }()
 
-	t := tracker{plan: p, d: d, tell: progress}
+	t := tracker{plan: p, d: d, tell: progress, deadline: time.Now().Add(p.Timeout)}
 	t.now.Since = time.Now()
 	t.enter(DrainStopping)
 	if err := d.StopAccepting(ctx); err != nil && ctx.Err() == nil {

@@ -59,7 +59,8 @@ func (r *Runner) Drain(proxyID string, p Plan, announce func(on bool) error) err
 	}
 	j := &drainJob{plan: p, announce: announce, began: time.Now(), drained: make(chan struct{}), done: make(chan struct{})}
 	j.ctx, j.cancel = context.WithCancel(context.Background())
-	j.tell(Progress{Phase: DrainWaiting, Open: w.openConnections(), ETA: j.began.Add(p.Wait + p.Timeout)})
+	open := w.openConnections()
+	j.tell(Progress{Phase: DrainWaiting, Open: open, ETA: p.until(j.began, j.began.Add(p.Wait+p.Timeout), open)})
 	if !w.drain.CompareAndSwap(nil, j) {
 		j.cancel()
 		return ErrDraining
@@ -190,8 +191,14 @@ func (w *worker) drains(ctx context.Context) {
 // runDrain drains the data plane, and each that takes its place, until the job is
 // taken back.
 func (w *worker) runDrain(j *drainJob) {
-	if !sleep(j.ctx, j.plan.Wait) {
-		return
+	for until := j.began.Add(j.plan.Wait); time.Now().Before(until); {
+		if !sleep(j.ctx, min(time.Second, time.Until(until))) {
+			return
+		}
+		p := *j.progress.Load()
+		p.Open = w.openConnections()
+		p.ETA = j.plan.until(time.Now(), until.Add(j.plan.Timeout), p.Open)
+		j.tell(p)
 	}
 	for j.ctx.Err() == nil {
 		d, ok := w.plane.Load().plane.(Drainer)

@@ -267,6 +267,13 @@ func (b *builder) least(path string, p *int, least, def int) int {
 	return or(p, def)
 }
 
+func (b *builder) within(path string, p *float64, def, least, most float64) float64 {
+	if p != nil && !(*p >= least && *p <= most) {
+		b.bad(path, "%s cannot be %v. Must be from %v to %v", path, *p, least, most)
+	}
+	return or(p, def)
+}
+
 func (b *builder) prefixes(path string, list []string) []netip.Prefix {
 	var out []netip.Prefix
 	for i, s := range list {
@@ -497,6 +504,13 @@ func (b *builder) rest(rt *Runtime) {
 	rt.DataPlane = DataPlane{
 		Default: oneOf("data_plane.default", s.DataPlane.Default, "builtin", "none"),
 		Engine:  oneOf("data_plane.engine", s.DataPlane.Engine, "auto", "epoll", "netpoll"),
+
+		DrainWait:        b.notNegative("data_plane.drain.wait", s.DataPlane.Drain.Wait, 5*time.Second),
+		DrainTimeout:     b.notNegative("data_plane.drain.timeout", s.DataPlane.Drain.Timeout, 30*time.Second),
+		DrainRate:        b.within("data_plane.drain.rate", s.DataPlane.Drain.Rate, 50, 0, 1e6),
+		DrainOnTerminate: or(s.DataPlane.Drain.OnTerminate, false),
+		AccessLog:        or(s.DataPlane.AccessLog.Enabled, false),
+		AccessLogSample:  b.within("data_plane.access_log.sample", s.DataPlane.AccessLog.Sample, 1, 0, 1),
 	}
 }
 

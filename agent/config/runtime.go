@@ -220,4 +220,14 @@ type Health struct {
 type DataPlane struct {
 	Default string // builtin or none
 	Engine  string // of the built-in forwarder: auto, epoll or netpoll
+	// How gateways and sidecars are drained where a request does not say: clients
+	// have DrainWait to learn of it, then connections DrainTimeout to finish, and
+	// what is left is ended at DrainRate per second, 0 being all at once.
+	DrainWait, DrainTimeout time.Duration
+	DrainRate               float64
+	// DrainOnTerminate drains the gateways before SIGTERM stops the agent.
+	DrainOnTerminate bool
+	// AccessLog writes a line per connection, for AccessLogSample of them: 0 to 1.
+	AccessLog       bool
+	AccessLogSample float64
 }

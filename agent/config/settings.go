@@ -276,8 +276,22 @@ type uiSettings struct {
 
 // dataPlaneSettings is a block of this agent's own.
 type dataPlaneSettings struct {
-	Default *string `config:"default"`
-	Engine  *string `config:"engine"`
+	Default   *string           `config:"default"`
+	Engine    *string           `config:"engine"`
+	Drain     drainSettings     `config:"drain"`
+	AccessLog accessLogSettings `config:"access_log"`
+}
+
+type drainSettings struct {
+	Wait        *duration `config:"wait"`
+	Timeout     *duration `config:"timeout"`
+	Rate        *float64  `config:"rate"`
+	OnTerminate *bool     `config:"on_terminate"`
+}
+
+type accessLogSettings struct {
+	Enabled *bool    `config:"enabled"`
+	Sample  *float64 `config:"sample"`
 }
 
 // serviceSettings is a service definition as a file has it.

@@ -28,7 +28,7 @@ func probes(t reflect.Type) []any {
 		return []any{true, false}
 	case t.Kind() == reflect.Int:
 		return []any{int64(7), int64(21001)}
-	case t.Kind() == reflect.Float32:
+	case t.Kind() == reflect.Float32, t.Kind() == reflect.Float64:
 		return []any{1.5}
 	}
 	return nil

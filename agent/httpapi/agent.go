@@ -2,6 +2,8 @@ package httpapi
 
 import (
 	"context"
+	"errors"
+	"time"
 
 	"github.com/hashicorp/go-memdb"
 
@@ -84,7 +86,36 @@ type Agent interface {
 	// encodes to JSON and holds no secret; nil while there is none, and found is
 	// false where there is no such proxy.
 	ProxyTable(id string) (table any, found bool)
+	// Connections returns up to limit open connections of a proxy as a value that
+	// encodes to a JSON array; the error may be ErrNoProxy.
+	Connections(id string, limit int) (list any, err error)
+
+	// DrainProxy begins to drain a proxy and returns when that has been announced;
+	// the token is to announce it with. The error may be ErrNoProxy, ErrDraining or
+	// ErrNoDrain.
+	DrainProxy(ctx context.Context, id string, req DrainRequest, token acl.Secret) error
+	// DrainProgress tells how far that is; the error is ErrNoProxy or
+	// ErrNotDraining.
+	DrainProgress(id string) (progress any, err error)
+	// CancelDrain takes it back, and returns when the proxy serves again; the error
+	// may be ErrNoProxy or ErrNotDraining.
+	CancelDrain(ctx context.Context, id string) error
 }
+
+// DrainRequest says how to drain; what is nil is as the agent's configuration has
+// it.
+type DrainRequest struct {
+	Wait, Timeout *time.Duration
+	Rate          *float64
+}
+
+// Errors of the methods about proxies; they may be wrapped.
+var (
+	ErrNoProxy     = errors.New("unknown proxy service ID")
+	ErrDraining    = errors.New("the proxy is being drained already")
+	ErrNotDraining = errors.New("the proxy is not being drained")
+	ErrNoDrain     = errors.New("the proxy cannot be drained")
+)
 
 // CheckRegistration is a check as registered on its own, not with a service.
 type CheckRegistration struct {

@@ -1,7 +1,9 @@
 package httpapi
 
 import (
+	"bytes"
 	"context"
+	"errors"
 	"mime"
 	"net/http"
 	"os"
@@ -200,6 +202,73 @@ func (c *call) agentProxyTable() (any, error) {
 		return nil, status(http.StatusNotFound, "proxy %q has no forwarding table yet", c.param("id"))
 	}
 	return table, nil
+}
+
+// How many connections are listed, and how many may be asked for.
+const defaultConnections, maxConnections = 1000, 100_000
+
+func (c *call) agentProxyConnections() (any, error) {
+	limit := defaultConnections
+	if v := c.query.Get("limit"); v != "" {
+		n, err := strconv.Atoi(v)
+		if err != nil || n < 1 || n > maxConnections {
+			return nil, bad("Invalid value for limit: %q is not from 1 to %d", v, maxConnections)
+		}
+		limit = n
+	}
+	list, err := c.h.agent.Connections(c.param("id"), limit)
+	return list, c.proxyError(err)
+}
+
+func (c *call) agentProxyDrain() (any, error) {
+	var body struct {
+		Wait, Timeout string
+		Rate          *float64
+	}
+	if len(bytes.TrimSpace(c.body)) > 0 {
+		if err := c.decodeBody(&body); err != nil {
+			return nil, err
+		}
+	}
+	req := DrainRequest{Rate: body.Rate}
+	for _, f := range []struct {
+		name, text string
+		to         **time.Duration
+	}{{"Wait", body.Wait, &req.Wait}, {"Timeout", body.Timeout, &req.Timeout}} {
+		if f.text == "" {
+			continue
+		}
+		d, err := time.ParseDuration(f.text)
+		if err != nil || d < 0 {
+			return nil, bad("Invalid value for %s: %q is no duration from 0 on", f.name, f.text)
+		}
+		*f.to = &d
+	}
+	if r := req.Rate; r != nil && *r < 0 {
+		return nil, bad("Invalid value for Rate: %v is less than 0", *r)
+	}
+	// It goes on when the client goes away; that is what taking it back is for.
+	if err := c.h.agent.DrainProxy(context.WithoutCancel(c.ctx()), c.param("id"), req, c.token()); err != nil {
+		return nil, c.proxyError(err)
+	}
+	return c.agentProxyDrainProgress()
+}
+
+func (c *call) agentProxyDrainProgress() (any, error) {
+	p, err := c.h.agent.DrainProgress(c.param("id"))
+	return p, c.proxyError(err)
+}
+
+func (c *call) agentProxyDrainCancel() (any, error) {
+	return nil, c.proxyError(c.h.agent.CancelDrain(c.ctx(), c.param("id")))
+}
+
+// proxyError names the proxy that there is not.
+func (c *call) proxyError(err error) error {
+	if errors.Is(err, ErrNoProxy) {
+		return c.unknownProxy()
+	}
+	return err
 }
 
 func (c *call) unknownProxy() error {

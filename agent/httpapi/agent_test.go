@@ -326,6 +326,24 @@ func TestProxies(t *testing.T) {
 	s.do(t, "GET", "/v1/agent/proxy/gw/table", "").want(t, 200, `{"Proxy":"gw"}`)
 	s.do(t, "GET", "/v1/agent/proxy/new/table", "").want(t, 404, `proxy "new" has no forwarding table yet`)
 	s.do(t, "GET", "/v1/agent/proxy/none/table", "").want(t, 404, "unknown proxy service ID: none")
+	s.do(t, "GET", "/v1/agent/proxy/gw/connections", "").want(t, 200, `[1000]`)
+	s.do(t, "GET", "/v1/agent/proxy/gw/connections?limit=7", "").want(t, 200, `[7]`)
+	s.do(t, "GET", "/v1/agent/proxy/gw/connections?limit=0", "").want(t, 400, `Invalid value for limit: "0" is not from 1 to 100000`)
+	s.do(t, "GET", "/v1/agent/proxy/none/connections", "").want(t, 404, "unknown proxy service ID: none")
+
+	s.do(t, "GET", "/v1/agent/proxy/gw/drain", "").want(t, 404, "the proxy is not being drained")
+	s.do(t, "PUT", "/v1/agent/proxy/gw/drain", `{"Wait":"x"}`).want(t, 400, `Invalid value for Wait: "x" is no duration from 0 on`)
+	s.do(t, "PUT", "/v1/agent/proxy/gw/drain", `{"Timeout":"-1s"}`).want(t, 400, `Invalid value for Timeout: "-1s" is no duration from 0 on`)
+	s.do(t, "PUT", "/v1/agent/proxy/gw/drain", `{"Rate":-1}`).want(t, 400, `Invalid value for Rate: -1 is less than 0`)
+	s.do(t, "PUT", "/v1/agent/proxy/gw/drain", `{"Hurry":true}`).want(t, 400, `Request decode failed: json: unknown field "Hurry"`)
+	s.do(t, "PUT", "/v1/agent/proxy/new/drain", "").want(t, 400, "the proxy cannot be drained: it has not begun")
+	s.do(t, "PUT", "/v1/agent/proxy/none/drain", "").want(t, 404, "unknown proxy service ID: none")
+	s.do(t, "PUT", "/v1/agent/proxy/gw/drain?token=t", `{"wait":"1s","Timeout":"2m","Rate":2.5}`).want(t, 200, `{"Wait":"1s","Timeout":"2m0s","Rate":2.5,"Token":"t"}`)
+	s.do(t, "PUT", "/v1/agent/proxy/gw/drain", "").want(t, 409, "the proxy is being drained already")
+	s.do(t, "GET", "/v1/agent/proxy/gw/drain", "").want(t, 200, `{"Wait":"1s","Timeout":"2m0s","Rate":2.5,"Token":"t"}`)
+	s.do(t, "DELETE", "/v1/agent/proxy/gw/drain", "").want(t, 200, "")
+	s.do(t, "DELETE", "/v1/agent/proxy/gw/drain", "").want(t, 404, "the proxy is not being drained")
+	s.do(t, "PUT", "/v1/agent/proxy/gw/drain", "").want(t, 200, `{"Wait":"","Timeout":"","Rate":0,"Token":""}`)
 }
 
 func TestServiceJSON(t *testing.T) {

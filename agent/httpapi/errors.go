@@ -76,6 +76,10 @@ var errorRules = []errorRule{
 	{match: contains("RPC rate limit exceeded"), code: 429},
 	{match: equals("Rate limit reached, try again later"), code: 429},
 	{match: is(catalog.ErrPending), code: 500},
+	{match: is(ErrNoProxy), code: 404},
+	{match: is(ErrNotDraining), code: 404},
+	{match: is(ErrDraining), code: 409},
+	{match: is(ErrNoDrain), code: 400},
 	{match: is(context.DeadlineExceeded), code: 500, text: "context deadline exceeded"},
 	{match: func(error) bool { return true }, code: 500},
 }

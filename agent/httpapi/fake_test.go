@@ -159,6 +159,7 @@ type fakeAgent struct {
 	checks   map[string]*catalog.Check
 	defs     map[string]*catalog.Definition
 	replaced bool
+	drain    *fakeDrain
 	nodeMnt  string
 	roots    *connect.Roots
 	leaf     *connect.Leaf
@@ -336,6 +337,62 @@ func (a *fakeAgent) ProxyTable(id string) (any, bool) {
 		return nil, true
 	}
 	return nil, false
+}
+
+func (a *fakeAgent) Connections(id string, limit int) (any, error) {
+	if id != "gw" {
+		return nil, ErrNoProxy
+	}
+	return []int{limit}, nil
+}
+
+// fakeDrain is what a request has set.
+type fakeDrain struct {
+	Wait, Timeout string
+	Rate          float64
+	Token         string
+}
+
+func (a *fakeAgent) DrainProxy(_ context.Context, id string, req DrainRequest, token acl.Secret) error {
+	if id == "new" {
+		return fmt.Errorf("%w: it has not begun", ErrNoDrain)
+	}
+	if id != "gw" {
+		return ErrNoProxy
+	}
+	if a.drain != nil {
+		return ErrDraining
+	}
+	d := &fakeDrain{Token: token.Reveal()}
+	if req.Wait != nil {
+		d.Wait = req.Wait.String()
+	}
+	if req.Timeout != nil {
+		d.Timeout = req.Timeout.String()
+	}
+	if req.Rate != nil {
+		d.Rate = *req.Rate
+	}
+	a.drain = d
+	return nil
+}
+
+func (a *fakeAgent) DrainProgress(id string) (any, error) {
+	if id != "gw" {
+		return nil, ErrNoProxy
+	}
+	if a.drain == nil {
+		return nil, ErrNotDraining
+	}
+	return a.drain, nil
+}
+
+func (a *fakeAgent) CancelDrain(_ context.Context, id string) error {
+	if _, err := a.DrainProgress(id); err != nil {
+		return err
+	}
+	a.drain = nil
+	return nil
 }
 
 type rpcKey struct{}

@@ -64,6 +64,10 @@ var routeTable = []route{
 	{method: get, pattern: "/v1/agent/connect/ca/leaf/:service", scope: scopeAgent, handler: (*call).agentLeaf, doc: "certificate and key for a service; blocks"},
 	{method: get, pattern: "/v1/agent/proxies", scope: scopeAgent, handler: (*call).agentProxies, doc: "status of this agent's proxies and gateways by ID (not in Consul)"},
 	{method: get, pattern: "/v1/agent/proxy/:id", scope: scopeAgent, handler: (*call).agentProxy, doc: "status of one proxy or gateway (not in Consul)"},
+	{method: get, pattern: "/v1/agent/proxy/:id/connections", scope: scopeAgent, handler: (*call).agentProxyConnections, doc: "open connections of a proxy or gateway, the oldest first; `limit`, 1000 (not in Consul)"},
+	{method: put, pattern: "/v1/agent/proxy/:id/drain", scope: scopeAgent, handler: (*call).agentProxyDrain, doc: "begin to drain a proxy or gateway; the body may have `Wait`, `Timeout` and `Rate` (not in Consul)"},
+	{method: get, pattern: "/v1/agent/proxy/:id/drain", scope: scopeAgent, handler: (*call).agentProxyDrainProgress, doc: "how far the drain is (not in Consul)"},
+	{method: del, pattern: "/v1/agent/proxy/:id/drain", scope: scopeAgent, handler: (*call).agentProxyDrainCancel, doc: "take the drain back (not in Consul)"},
 	{method: get, pattern: "/v1/agent/proxy/:id/table", scope: scopeAgent, handler: (*call).agentProxyTable, doc: "forwarding table in use for a proxy or gateway (not in Consul)"},
 
 	{method: get, pattern: "/v1/catalog/datacenters", scope: scopeServer, handler: (*call).catalogDatacenters, doc: "known datacenters, nearest first"},

@@ -147,6 +147,13 @@ func (e *env) runAgent(args []string) int {
 // leaves the cluster first, a server just stops. It returns the exit code.
 func (e *env) stop(a *agent.Agent, s os.Signal, signals <-chan os.Signal, ended chan error, cancel context.CancelFunc) int {
 	rt := a.Runtime()
+	if s == syscall.SIGTERM && rt.DataPlane.DrainOnTerminate {
+		fmt.Fprintf(e.out, "==> Caught signal: %v\n==> Draining gateways...\n", s)
+		if !drain(a, signals) {
+			cancel()
+			return exitError
+		}
+	}
 	graceful := s == syscall.SIGTERM && rt.Cluster.LeaveOnTerminate || s == os.Interrupt && !rt.Cluster.SkipLeaveOnInterrupt
 	if !graceful {
 		fmt.Fprintf(e.out, "==> Caught signal: %v\n==> Graceful shutdown disabled. Exiting\n", s)
@@ -172,6 +179,23 @@ func (e *env) stop(a *agent.Agent, s os.Signal, signals <-chan os.Signal, ended 
 	}
 	cancel()
 	return exitError
+}
+
+// drain drains the agent's gateways. It returns false when a second signal did not
+// wait for that.
+func drain(a *agent.Agent, signals <-chan os.Signal) bool {
+	ctx, done := context.WithCancel(context.Background())
+	defer done()
+	drained := make(chan error, 1)
+	go func() { drained <- a.Drain(ctx) }()
+	select {
+	case <-drained: // the only error there is, is that of ctx
+		return true
+	case <-signals:
+		done()
+		<-drained
+		return false
+	}
 }
 
 // banner says what is starting.

@@ -304,7 +304,7 @@ func (e *env) commands() map[string]cli.CommandFactory {
 	m := map[string]cli.CommandFactory{}
 	for _, c := range slices.Concat(
 		groupCommands(), e.agentCommands(), e.memberCommands(), e.serviceCommands(), e.configCommands(),
-		e.connectCommands(), e.proxyCommands(), e.forwardCommands(), e.demoCommands(),
+		e.connectCommands(), e.proxyCommands(), e.drainCommands(), e.forwardCommands(), e.demoCommands(),
 	) {
 		c.e = e
 		m[c.name] = func() (cli.Command, error) { return c, nil }

@@ -16,7 +16,7 @@ var sections = []struct {
 }{
 	{"Run", []string{"agent", "forward", "demo"}},
 	{"Configure", []string{"validate", "reload", "config", "services"}},
-	{"Look and connect", []string{"catalog", "intention", "connect"}},
+	{"Look and connect", []string{"catalog", "intention", "connect", "drain"}},
 	{"Cluster", []string{"members", "join", "leave", "force-leave"}},
 	{"Other", []string{"version"}},
 }
