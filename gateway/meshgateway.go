@@ -20,6 +20,13 @@ type meshEnv struct {
 	datacenter, trustDomain string
 	connectTimeout          time.Duration
 	maxConnections          int
+	connectionRate          float64
+	connectionBurst         int
+}
+
+// limit sets the bounds that are the same for every cluster.
+func (e *meshEnv) limit(cl *Cluster) {
+	cl.MaxConnections, cl.ConnectionRate, cl.ConnectionBurst = e.maxConnections, e.connectionRate, e.connectionBurst
 }
 
 // serviceMemo is what was made of one service, and what of.
@@ -59,8 +66,11 @@ func (c *Compiler) meshGateway(t *Table, s *proxycfg.Snapshot) {
 		datacenter:     t.Datacenter,
 		trustDomain:    s.TrustDomain,
 		connectTimeout: conf.milliseconds(DefaultConnectTimeout, "connect_timeout_ms"),
-		maxConnections: maxConnections(s.Gateway.Defaults),
 	}
+	limits, done := conf.section("service_limits")
+	env.maxConnections = cmp.Or(limits.count("max_connections"), maxConnections(s.Gateway.Defaults))
+	env.connectionRate, env.connectionBurst = limits.perSecond("connection_rate"), limits.count("connection_burst")
+	done()
 	var keepalive *Keepalive
 	if conf.bool("envoy_gateway_remote_tcp_enable_keepalive") {
 		keepalive = &Keepalive{
@@ -122,9 +132,9 @@ func (c *Compiler) meshGateway(t *Table, s *proxycfg.Snapshot) {
 			Endpoints:      endpoints(dc.Gateways, dc.Name, true, false),
 			ConnectTimeout: env.connectTimeout,
 			Keepalive:      keepalive,
-			MaxConnections: env.maxConnections,
 			Origin:         origin,
 		}
+		env.limit(&cl)
 		t.Clusters = append(t.Clusters, cl)
 		t.Routes = append(t.Routes, Route{Match: "*." + name, Cluster: name, Origin: origin})
 		if why := allUnhealthy(cl.Endpoints); why != "" {
@@ -143,6 +153,7 @@ func (c *Compiler) meshGateway(t *Table, s *proxycfg.Snapshot) {
 // is one that others must be able to reach to find out.
 func servers(t *Table, s *proxycfg.Snapshot, env meshEnv, keepalive *Keepalive) {
 	add := func(cl Cluster, matches ...string) {
+		env.limit(&cl)
 		for _, m := range matches {
 			t.Routes = append(t.Routes, Route{Match: m, Cluster: cl.Name, Origin: cl.Origin})
 		}
@@ -156,14 +167,12 @@ func servers(t *Table, s *proxycfg.Snapshot, env meshEnv, keepalive *Keepalive) 
 			Endpoints:      endpoints(dc.Gateways, dc.Name, true, false),
 			ConnectTimeout: env.connectTimeout,
 			Keepalive:      keepalive,
-			MaxConnections: env.maxConnections,
 			Origin:         Origin{Object: "mesh-gateways/" + dc.Name, Datacenter: dc.Name, Index: newest(dc.Gateways)},
 		}, name, "*."+name)
 	}
 	all := Cluster{
 		Name:           strings.ToLower(connect.ServerSNI("", t.Datacenter, domain)),
 		ConnectTimeout: env.connectTimeout,
-		MaxConnections: env.maxConnections,
 		Origin:         Origin{Object: "service/consul", Datacenter: t.Datacenter, Index: newest(s.Gateway.Servers)},
 	}
 	all.Endpoints = endpoints(s.Gateway.Servers, t.Datacenter, false, false)
@@ -225,6 +234,7 @@ func gatewayListeners(t *Table, reg *catalog.Service, conf *settings, origin Ori
 	slices.SortFunc(binds, func(a, b bind) int {
 		return cmp.Or(cmp.Compare(a.name, b.name), cmp.Compare(hostPort(a.host, a.port), hostPort(b.host, b.port)))
 	})
+	limits, most := listenerLimits(conf)
 	taken := make(map[string]bool)
 	for _, b := range binds {
 		address := hostPort(b.host, b.port)
@@ -237,16 +247,36 @@ func gatewayListeners(t *Table, reg *catalog.Service, conf *settings, origin Ori
 		}
 		taken[address] = true
 		t.Listeners = append(t.Listeners, Listener{
-			Name:    b.name + ":" + address,
-			Network: "tcp",
-			Address: address,
-			Mode:    ListenSNI,
-			Origin:  origin,
+			Name:           b.name + ":" + address,
+			Network:        "tcp",
+			Address:        address,
+			Mode:           ListenSNI,
+			MaxConnections: most,
+			Limits:         limits,
+			Origin:         origin,
 		})
 	}
 	if len(t.Listeners) == 0 {
 		t.warn("nothing is listened on: the default bind is off and no other address is given")
 	}
+}
+
+// listenerLimits are the bounds of each listener; nil is none.
+func listenerLimits(conf *settings) (l *Limits, maxConnections int) {
+	s, done := conf.section("limits")
+	defer done()
+	l = &Limits{
+		ConnectionRate:           s.perSecond("connection_rate"),
+		ConnectionBurst:          s.count("connection_burst"),
+		MaxConnectionsPerSource:  s.count("max_connections_per_source"),
+		ConnectionRatePerSource:  s.perSecond("connection_rate_per_source"),
+		ConnectionBurstPerSource: s.count("connection_burst_per_source"),
+		MaxPendingHellos:         s.count("max_pending_hellos"),
+	}
+	if *l == (Limits{}) {
+		l = nil
+	}
+	return l, s.count("max_connections")
 }
 
 // compileService makes the clusters of a local service: one for the service, one
@@ -256,9 +286,9 @@ func compileService(s *proxycfg.GatewayService, env meshEnv) *serviceMemo {
 	warn := func(text string) { m.warnings = append(m.warnings, "service "+s.Name.String()+": "+text) }
 	base := Cluster{
 		ConnectTimeout: env.connectTimeout,
-		MaxConnections: env.maxConnections,
 		Origin:         Origin{Object: "service/" + s.Name.String(), Datacenter: env.datacenter, Index: s.Index},
 	}
+	env.limit(&base)
 	for _, inst := range s.Instances {
 		if host, _ := catalog.LANAddress(inst); isHostname(host) {
 			warn("instance " + inst.Service.ID + " on " + inst.Node.Node + " has the hostname " + host + " as its address, which is resolved here")

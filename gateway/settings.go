@@ -18,10 +18,12 @@ import (
 type settings struct {
 	values map[string]any
 	bad    []string
+	asked  []string // the keys looked for
 }
 
 // find returns the value of the first of the keys that is set.
 func (s *settings) find(keys ...string) (string, any, bool) {
+	s.asked = append(s.asked, keys...)
 	for _, k := range keys {
 		if v, ok := s.values[k]; ok && v != nil {
 			return k, one(v), true
@@ -163,6 +165,65 @@ func (s *settings) milliseconds(def time.Duration, keys ...string) time.Duration
 		return time.Duration(n) * time.Millisecond
 	}
 	return def
+}
+
+// perSecond returns a rate, 0 where the key is absent.
+func (s *settings) perSecond(keys ...string) float64 {
+	k, v, ok := s.find(keys...)
+	if !ok {
+		return 0
+	}
+	var f float64
+	var err error
+	switch x := v.(type) {
+	case float64:
+		f = x
+	case string:
+		f, err = strconv.ParseFloat(strings.TrimSpace(x), 64)
+	default:
+		n, isNumber := number(v)
+		if !isNumber {
+			err = strconv.ErrSyntax
+		}
+		f = float64(n)
+	}
+	if err != nil || !(f >= 0) || math.IsInf(f, 0) {
+		s.reject(k, v, "a number of connections per second")
+		return 0
+	}
+	return f
+}
+
+// count returns a number that is at least 0, 0 where the key is absent.
+func (s *settings) count(keys ...string) int {
+	n := s.int(0, keys...)
+	if n < 0 {
+		k, v, _ := s.find(keys...)
+		s.reject(k, v, "a number from 0")
+		return 0
+	}
+	return n
+}
+
+// section returns the settings of a block, which reads as an empty one where it
+// is absent. Once all was read close is to be called, which tells what is wrong
+// in it, and which of its keys are none: unlike a whole configuration, which is
+// read by others too, a block is ours alone.
+func (s *settings) section(key string) (in *settings, close func()) {
+	in, ok := s.block(key)
+	if !ok {
+		return &settings{}, func() {}
+	}
+	return in, func() {
+		for name := range in.values {
+			if !slices.ContainsFunc(in.asked, func(k string) bool { return strings.EqualFold(k, name) }) {
+				in.bad = append(in.bad, fmt.Sprintf("config key %q is unknown", name))
+			}
+		}
+		for _, w := range in.bad {
+			s.bad = append(s.bad, key+": "+w)
+		}
+	}
 }
 
 // one unwraps a list of one.

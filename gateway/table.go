@@ -61,11 +61,30 @@ type Listener struct {
 	Cluster string `json:",omitempty"`
 	// MaxConnections bounds the connections open at one time; 0 is no bound.
 	MaxConnections int `json:",omitempty"`
+	// Limits are further bounds; nil is none.
+	Limits *Limits `json:",omitempty"`
 	// SocketMode is the octal file mode of a unix socket; "" is the process's.
 	SocketMode string `json:",omitempty"`
 	// Authorise is set on inbound listeners.
 	Authorise *Authorisation `json:",omitempty"`
 	Origin    Origin
+}
+
+// Limits bound what a listener takes of clients. A field that is 0 is no bound.
+// What is beyond a bound is refused as [RefuseLimit].
+type Limits struct {
+	// ConnectionRate is how many new connections per second are taken, in the long
+	// run, and ConnectionBurst how many at once; 0 is as many as in a second.
+	ConnectionRate  float64 `json:",omitempty"`
+	ConnectionBurst int     `json:",omitempty"`
+	// The same for each source, which is an IPv4 address or a /64 of IPv6.
+	MaxConnectionsPerSource  int     `json:",omitempty"`
+	ConnectionRatePerSource  float64 `json:",omitempty"`
+	ConnectionBurstPerSource int     `json:",omitempty"`
+	// MaxPendingHellos bounds the clients that have not sent all of their hello, in
+	// each of the data plane's threads; the one that waits longest is refused then.
+	// 0 is the data plane's own bound.
+	MaxPendingHellos int `json:",omitempty"`
 }
 
 // Authorisation decides which clients an inbound listener admits: the first rule
@@ -111,6 +130,11 @@ type Cluster struct {
 	Policy    Policy     `json:",omitempty"`
 	// MaxConnections bounds the connections open at one time; 0 is no bound.
 	MaxConnections int `json:",omitempty"`
+	// ConnectionRate is how many new connections per second are taken, in the long
+	// run, and ConnectionBurst how many at once; 0 is no bound, and as many as in a
+	// second.
+	ConnectionRate  float64 `json:",omitempty"`
+	ConnectionBurst int     `json:",omitempty"`
 	// TLS is set where the data plane originates mutual TLS.
 	TLS *ClientTLS `json:",omitempty"`
 	// Failover names the clusters to use, in order, when this one has no healthy

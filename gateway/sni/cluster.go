@@ -23,6 +23,7 @@ type cluster struct {
 	failed    atomic.Uint64
 	retries   atomic.Uint64
 	rr        atomic.Uint64 // position of round robin
+	full      atomic.Int64  // of the rate of connections
 	// bytes has one element for each worker that writes it.
 	bytes atomic.Pointer[[]byteCount]
 
@@ -88,6 +89,7 @@ type plan struct {
 	tiers     []tier
 	endpoints []*endpoint // every endpoint of the cluster itself, for Status
 	healthy   int         // of the cluster itself
+	rate      rate        // of connections to the cluster, whatever endpoint they reach
 }
 
 // tier is a set of endpoints that are as good as each other.
@@ -126,6 +128,7 @@ type dial struct {
 	tried   [maxTries]*endpoint
 	start   uint32 // where in an endpoint's addresses to begin
 	limited bool   // passed over a cluster because it is full
+	rated   bool   // refused because of the rate of the cluster
 	detail  string // of the last failure
 
 	// The attempt under way.
@@ -144,6 +147,10 @@ func (d *dial) begin(f *Forwarder, c *cluster, now int64) {
 // there is nothing left to try; then refusal says why.
 func (d *dial) next(now int64) bool {
 	if d.tries >= d.f.cfg.ConnectAttempts || d.tries > 0 && now-d.began >= int64(d.f.cfg.ConnectDeadline) {
+		return false
+	}
+	if r := d.plan.rate; r.gap > 0 && d.tries == 0 && !r.take(&d.cluster.full, now) {
+		d.rated = true
 		return false
 	}
 	// Ejection is a guess: when it leaves nothing, ejected endpoints are tried.
@@ -356,6 +363,8 @@ func (d *dial) refusal() (reason, detail string) {
 	switch {
 	case d.tries > 0:
 		return gateway.RefuseConnect, fmt.Sprintf("cluster %s, attempt %d: %s", d.cluster.name, d.tries, d.detail)
+	case d.rated:
+		return gateway.RefuseLimit, fmt.Sprintf("connection rate of cluster %s", d.cluster.name)
 	case d.limited:
 		return gateway.RefuseLimit, fmt.Sprintf("max connections of cluster %s", d.cluster.name)
 	}
@@ -452,7 +461,9 @@ func (r *registry) prepare(t *gateway.Table) *prepared {
 // needed to the resolver.
 func (r *registry) commit(p *prepared) {
 	for c, pl := range p.plans {
-		c.plan.Store(pl)
+		if was := c.plan.Swap(pl); was != nil && was.rate != pl.rate {
+			c.full.Store(0)
+		}
 	}
 	for name, c := range r.clusters {
 		if p.clusters[name] == nil {
@@ -485,7 +496,7 @@ func (r *registry) commit(p *prepared) {
 }
 
 func (r *registry) compile(c *cluster, spec *gateway.Cluster, p *prepared) *plan {
-	pl := &plan{}
+	pl := &plan{rate: newRate(spec.ConnectionRate, spec.ConnectionBurst)}
 	listed := make(map[*endpoint]bool, len(spec.Endpoints))
 	for i := range spec.Endpoints {
 		e := &spec.Endpoints[i]
@@ -585,6 +596,7 @@ func sameCluster(a, b *gateway.Cluster) bool {
 		return true
 	}
 	if a.ConnectTimeout != b.ConnectTimeout || a.Policy != b.Policy || a.MaxConnections != b.MaxConnections ||
+		a.ConnectionRate != b.ConnectionRate || a.ConnectionBurst != b.ConnectionBurst ||
 		(a.Keepalive == nil) != (b.Keepalive == nil) || a.Keepalive != nil && *a.Keepalive != *b.Keepalive ||
 		!slices.Equal(a.Failover, b.Failover) {
 		return false

@@ -39,6 +39,11 @@ type Config struct {
 	// headers included; default and most 64 KiB.
 	HelloBytes int
 
+	// PendingHellos is how many clients of a listener, in each loop, may be waited
+	// for to send all of their hello; of more, the oldest is shed. Default 4096. The
+	// portable engine counts as one loop.
+	PendingHellos int
+
 	// ConnectAttempts bounds the endpoint addresses tried for one connection;
 	// default 4, most 8.
 	ConnectAttempts int
@@ -105,6 +110,7 @@ func (c Config) withDefaults() Config {
 	}
 	or(&c.HelloTimeout, 5*time.Second)
 	orInt(&c.HelloBytes, maxHelloBytes)
+	orInt(&c.PendingHellos, 4096)
 	orInt(&c.ConnectAttempts, 4)
 	or(&c.ConnectDeadline, 15*time.Second)
 	orInt(&c.EjectAfter, 3)
@@ -136,6 +142,7 @@ func (c Config) Validate() error {
 	check(d.Workers >= 0 && d.Workers <= 1024, "workers %d is not from 0 to 1024", c.Workers)
 	check(d.HelloTimeout > 0, "hello timeout %s is negative", c.HelloTimeout)
 	check(d.HelloBytes >= 64 && d.HelloBytes <= maxHelloBytes, "hello bytes %d is not from 64 to %d", c.HelloBytes, maxHelloBytes)
+	check(d.PendingHellos > 0, "pending hellos %d is negative", c.PendingHellos)
 	check(d.ConnectAttempts > 0 && d.ConnectAttempts <= maxTries, "connect attempts %d is not from 1 to %d", c.ConnectAttempts, maxTries)
 	check(d.ConnectDeadline > 0, "connect deadline %s is negative", c.ConnectDeadline)
 	check(d.EjectAfter > 0, "eject after %d is negative", c.EjectAfter)

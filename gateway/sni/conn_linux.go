@@ -31,13 +31,18 @@ func (l *loop) newConn() *conn {
 
 // begin starts with an accepted connection. Its hello is most often here
 // already, and then nothing is kept or waited for.
-func (l *loop) begin(ln *listener, fd int32) {
+func (l *loop) begin(s *sock, fd int32) {
+	ln := s.l
 	c := l.newConn()
 	c.l, c.phase, c.born = ln, phaseHello, l.clock
 	c.fd = [2]int32{fd, -1}
 	peer := getSockaddr(&l.sa)
-	if ln.full() {
-		l.refuse(c, peer, nil, nil, gateway.RefuseLimit, "max connections of the listener")
+	t := ln.terms.Load()
+	if limit := ln.admit(t, l.now); limit != "" {
+		l.refuse(c, peer, nil, nil, gateway.RefuseLimit, limit)
+		return
+	}
+	if t.bySource() && !l.admitSource(c, t, peer, nil) {
 		return
 	}
 	var scan helloScan
@@ -66,8 +71,29 @@ func (l *loop) begin(ln *listener, fd int32) {
 		b.buf = append(l.block(n), l.buf[:n]...)
 	}
 	c.begun = b
+	b.id = c.id
+	s.wait.add(b)
 	l.schedule(c, l.now+int64(l.f.cfg.HelloTimeout))
 	l.watch(c, client, 0)
+	if s.wait.n > t.hellos {
+		// Who has waited longest is the least likely to be a client.
+		b, c := s.wait.oldest, l.conn(s.wait.oldest.id)
+		l.refuse(c, b.peer, nil, b.buf, gateway.RefuseLimit, "pending hellos of the listener")
+	}
+}
+
+// admitSource accounts the connection to its source. It returns false when the
+// source has reached a limit, and the connection is refused.
+func (l *loop) admitSource(c *conn, t *terms, peer netip.AddrPort, data []byte) bool {
+	s, limit := c.l.admitSource(t, peer.Addr(), l.now)
+	if limit != "" {
+		l.refuse(c, peer, nil, data, gateway.RefuseLimit, limit)
+		return false
+	}
+	if s != nil {
+		l.note(c).source = s
+	}
+	return true
 }
 
 // moreHello goes on with a hello that did not come in one piece.
@@ -96,6 +122,7 @@ func (l *loop) moreHello(c *conn) {
 			return
 		}
 		if done {
+			b.remove()
 			l.route(c, b.peer, b.buf, &b.scan)
 			return
 		}
@@ -330,6 +357,9 @@ func (l *loop) end(c *conn, reset bool, why closeReason) {
 	}
 	if c.begun != nil {
 		l.dropBegun(c)
+	}
+	if c.note != nil {
+		l.dropNote(c)
 	}
 	l.unschedule(c)
 	for src, h := range c.held {

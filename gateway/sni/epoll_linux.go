@@ -166,6 +166,12 @@ type conn struct {
 	count *byteCount
 	held  [2]*held // what was read of a side and could not be written yet
 	begun *begun   // until the connection is open
+	note  *note    // of the few that need it
+}
+
+// note is what is kept of a connection only where something asks for it.
+type note struct {
+	source *source // accounts the connection; nil where sources are not limited
 }
 
 // held is what waits for the other side: bytes, or a pipe with bytes.
@@ -184,6 +190,49 @@ type begun struct {
 	buf  []byte // the hello so far; its capacity is a class of blocks
 	scan helloScan
 	dial dial
+
+	// While the hello is waited for: the queue it is in, and its neighbours there.
+	hellos       *hellos
+	older, newer *begun
+	id           uint32 // of the connection
+}
+
+// hellos are the connections of a listener, in one loop, whose hello is waited
+// for, by their ages.
+type hellos struct {
+	oldest, newest *begun
+	n              int
+}
+
+func (q *hellos) add(b *begun) {
+	b.hellos, b.older = q, q.newest
+	if q.newest != nil {
+		q.newest.newer = b
+	} else {
+		q.oldest = b
+	}
+	q.newest = b
+	q.n++
+}
+
+// remove takes b out of its queue, if it is in one.
+func (b *begun) remove() {
+	q := b.hellos
+	if q == nil {
+		return
+	}
+	if b.older != nil {
+		b.older.newer = b.newer
+	} else {
+		q.oldest = b.newer
+	}
+	if b.newer != nil {
+		b.newer.older = b.older
+	} else {
+		q.newest = b.older
+	}
+	b.hellos, b.older, b.newer = nil, nil, nil
+	q.n--
 }
 
 const (
@@ -198,6 +247,7 @@ const (
 	maxPipes   = 256 // in use by one loop: 512 descriptors, 64 MiB when all are full
 	keepPipes  = 32  // unused in its pool
 	keepBlocks = 64  // of each size
+	keepNotes  = 1024
 
 	tickShift  = 23 // a tick is 8.4 ms
 	wheelSlots = 1024
@@ -219,6 +269,7 @@ type sock struct {
 	l     *listener
 	fd    int32
 	batch int // connections to accept at one time, see accept
+	wait  hellos
 }
 
 type loop struct {
@@ -256,6 +307,7 @@ type loop struct {
 	blocks  [blockClasses][][]byte
 	helds   []*held
 	begins  []*begun
+	notes   []*note
 	pipes   []pipe
 	pipesIn int // in use
 	noPipes bool
@@ -430,7 +482,7 @@ func (l *loop) removeListener(ln *listener) {
 				if e != 0 {
 					break
 				}
-				l.begin(ln, fd)
+				l.begin(s, fd)
 			}
 			rawClose(s.fd)
 			l.socks[i] = nil
@@ -447,7 +499,7 @@ func (l *loop) accept(s *sock) {
 		fd, e := rawAccept(s.fd, &l.sa)
 		switch e {
 		case 0:
-			l.begin(s.l, fd)
+			l.begin(s, fd)
 		case unix.EAGAIN:
 			s.batch = max(1, k)
 			return

@@ -60,11 +60,13 @@ type view struct {
 // address is in the tables, whatever its name becomes.
 type listener struct {
 	address string // as the table says; the key
-	spec    atomic.Pointer[gateway.Listener]
+	terms   atomic.Pointer[terms]
 	state   atomic.Pointer[bindState]
 
 	active   atomic.Int64
 	accepted atomic.Uint64
+	full     atomic.Int64 // of the rate of connections
+	sources  atomic.Pointer[sources]
 	closed   [closeReasons]atomic.Uint64
 	refused  [len(refuseReasons) + 1]atomic.Uint64 // the last is of reasons not listed
 
@@ -123,16 +125,19 @@ type bindState struct {
 	err     string
 }
 
-func (l *listener) name() string { return l.spec.Load().Name }
+func (l *listener) name() string { return l.terms.Load().spec.Name }
 
-// full accounts a new connection, or returns true when the listener has as many
-// as it may have.
-func (l *listener) full() bool {
-	l.accepted.Add(1)
-	if most := l.spec.Load().MaxConnections; l.active.Add(1) > int64(most) && most > 0 {
-		return true
+// use takes the terms of a new table.
+func (l *listener) use(t *terms) {
+	if was := l.terms.Swap(t); was != nil && was.rate != t.rate {
+		l.full.Store(0)
 	}
-	return false
+	switch old := l.sources.Load(); {
+	case !t.bySource():
+		l.sources.Store(nil)
+	case old == nil:
+		l.sources.Store(newSources())
+	}
 }
 
 // engine moves the bytes. Its methods are called by the control goroutine only.
@@ -374,7 +379,7 @@ func (c *control) applyListeners(t *gateway.Table) []*listener {
 		}
 		if want[spec.Address] {
 			dup := &listener{address: spec.Address}
-			dup.spec.Store(spec)
+			dup.use(c.f.newTerms(spec))
 			dup.state.Store(&bindState{address: spec.Address, err: "another listener of the table has the same address"})
 			out = append(out, dup)
 			continue
@@ -385,7 +390,7 @@ func (c *control) applyListeners(t *gateway.Table) []*listener {
 			l = &listener{address: spec.Address}
 			c.listeners[spec.Address] = l
 		}
-		l.spec.Store(spec)
+		l.use(c.f.newTerms(spec))
 		out = append(out, l)
 	}
 	for addr, l := range c.listeners {
@@ -405,7 +410,7 @@ func (c *control) applyListeners(t *gateway.Table) []*listener {
 
 // checkListener tells what the engines have in common to say of an address.
 func checkListener(l *listener) (netip.AddrPort, error) {
-	if n := l.spec.Load().Network; n != "" && n != "tcp" {
+	if n := l.terms.Load().spec.Network; n != "" && n != "tcp" {
 		return netip.AddrPort{}, fmt.Errorf("network %q is not for listeners of mode sni", n)
 	}
 	a, err := netip.ParseAddrPort(l.address)

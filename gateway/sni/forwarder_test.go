@@ -647,7 +647,8 @@ func (f *testForwarder) untilCounted(ok func(gateway.Status) bool) {
 		select {
 		case <-tick.C:
 		case <-deadline:
-			f.t.Fatalf("not after 10 s: %+v", f.Status())
+			s := f.Status()
+			f.t.Fatalf("not after 10 s: %+v, %+v", s.Listeners, s.Clusters)
 		}
 	}
 }

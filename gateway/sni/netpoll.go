@@ -1,6 +1,7 @@
 package sni
 
 import (
+	"container/list"
 	"context"
 	"errors"
 	"fmt"
@@ -27,9 +28,11 @@ type netpoll struct {
 
 	socks map[*listener]*netpollListener // control goroutine only
 
-	mu    sync.Mutex // guards conns and stopped
+	mu    sync.Mutex // guards what follows
 	conns map[*netpollConn]struct{}
-	ended bool
+	// hellos are the connections of a listener whose hello is waited for, by age.
+	hellos map[*listener]*list.List
+	ended  bool
 }
 
 type netpollListener struct {
@@ -52,6 +55,7 @@ type netpollConn struct {
 	lastActive atomic.Int64     // on the forwarder's clock
 	halves     atomic.Int32     // directions that have ended
 	why        atomic.Int32     // closeReason of the end; the first that is set counts
+	shed       atomic.Bool      // closed because others wait too
 }
 
 // cause sets why the connection ends, unless something ended it before.
@@ -62,7 +66,7 @@ func (c *netpollConn) cause(why closeReason) { c.why.CompareAndSwap(0, int32(why
 const copyChunk = 1 << 20
 
 func newNetpoll(f *Forwarder) engine {
-	e := &netpoll{f: f, socks: map[*listener]*netpollListener{}, conns: map[*netpollConn]struct{}{}}
+	e := &netpoll{f: f, socks: map[*listener]*netpollListener{}, conns: map[*netpollConn]struct{}{}, hellos: map[*listener]*list.List{}}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
 	e.bufs.New = func() any { b := make([]byte, 4<<10); return &b }
 	return e
@@ -236,13 +240,26 @@ func (e *netpoll) serve(p *netpollConn) {
 		e.mu.Unlock()
 	}()
 	peer := addrPort(p.client.RemoteAddr())
-	if p.l.full() {
-		f.refuse(p.l, peer, nil, 0, gateway.RefuseLimit, "max connections of the listener")
+	t := p.l.terms.Load()
+	limit := p.l.admit(t, p.born)
+	if limit == "" && t.bySource() {
+		var s *source
+		if s, limit = p.l.admitSource(t, peer.Addr(), p.born); s != nil {
+			defer s.release()
+		}
+	}
+	if limit != "" {
+		f.refuse(p.l, peer, nil, 0, gateway.RefuseLimit, limit)
 		return
 	}
 	bp := e.bufs.Get().(*[]byte)
 	var h hello
+	done := e.wait(p, t.hellos)
 	n, reason, detail := e.readHello(p, bp, &h)
+	done()
+	if p.shed.Load() && reason == gateway.RefuseClientGone {
+		reason, detail = gateway.RefuseLimit, "pending hellos of the listener"
+	}
 	if reason != "" {
 		hp := &h
 		if reason != gateway.RefuseNoServerName && reason != gateway.RefuseBadServerName {
@@ -302,6 +319,32 @@ func (e *netpoll) serve(p *netpollConn) {
 	wg.Go(func() { e.copy(p, p.client, p.endpoint, &p.count.out, &p.bytes[target]) })
 	e.copy(p, p.endpoint, p.client, &p.count.in, &p.bytes[client])
 	wg.Wait()
+}
+
+// wait counts a connection whose hello is waited for, until done is called. When
+// there are too many it sheds the one that has waited longest.
+func (e *netpoll) wait(p *netpollConn, most int) (done func()) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	q := e.hellos[p.l]
+	if q == nil {
+		q = list.New()
+		e.hellos[p.l] = q
+	}
+	at := q.PushBack(p)
+	if q.Len() > most {
+		old := q.Remove(q.Front()).(*netpollConn)
+		old.shed.Store(true)
+		old.close()
+	}
+	return func() {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		q.Remove(at)
+		if q.Len() == 0 && e.hellos[p.l] == q {
+			delete(e.hellos, p.l)
+		}
+	}
 }
 
 // readHello reads into *bp, which it may replace by a larger one, until the

@@ -65,11 +65,37 @@ func (l *loop) newBegun() *begun {
 
 func (l *loop) dropBegun(c *conn) {
 	b := c.begun
+	b.remove()
 	c.begun = nil
 	l.unblock(b.buf)
 	*b = begun{}
 	if len(l.begins) < keepBlocks {
 		l.begins = append(l.begins, b)
+	}
+}
+
+// note returns the connection's note, which it makes if there is none.
+func (l *loop) note(c *conn) *note {
+	if c.note == nil {
+		if n := len(l.notes); n > 0 {
+			c.note = l.notes[n-1]
+			l.notes = l.notes[:n-1]
+		} else {
+			c.note = &note{}
+		}
+	}
+	return c.note
+}
+
+func (l *loop) dropNote(c *conn) {
+	n := c.note
+	c.note = nil
+	if n.source != nil {
+		n.source.release()
+	}
+	*n = note{}
+	if len(l.notes) < keepNotes {
+		l.notes = append(l.notes, n)
 	}
 }
 
