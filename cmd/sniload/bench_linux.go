@@ -42,7 +42,7 @@ type sizes struct {
 }
 
 var (
-	fullSizes  = sizes{rounds: 5, fewRounds: 3, conns: 10000, shakes: 1500, idle: 3000, gb: 4, play: 1500 * time.Millisecond, hold: 2 * time.Second}
+	fullSizes  = sizes{rounds: 5, fewRounds: 3, conns: 8000, shakes: 1000, idle: 3000, gb: 3, play: 1200 * time.Millisecond, hold: 1500 * time.Millisecond}
 	quickSizes = sizes{rounds: 3, fewRounds: 2, conns: 6000, shakes: 400, idle: 2000, gb: 2, play: 800 * time.Millisecond, hold: 500 * time.Millisecond}
 )
 
@@ -139,15 +139,16 @@ func runBench(ctx context.Context, fs *flag.FlagSet, args []string) error {
 	info := machineInfo()
 	info.Quick = *quick
 	names := split(*only)
-	for _, c := range append(contenders(*sluice, b.dir), extra...) {
-		switch {
-		case len(names) > 0 && !slices.Contains(names, c.name), len(names) == 0 && *quick && c.full:
-		case !c.installed():
+	list := slices.DeleteFunc(contenders(*sluice, b.dir), func(c contender) bool {
+		return len(names) > 0 && !slices.Contains(names, c.name) || len(names) == 0 && *quick && c.full
+	})
+	for _, c := range append(list, extra...) {
+		if !c.installed() {
 			fmt.Printf("skipped: %s is not installed\n", c.name)
-		default:
-			b.list = append(b.list, c)
-			info.Contenders = append(info.Contenders, contenderInfo{c.name, c.versionText(ctx)})
+			continue
 		}
+		b.list = append(b.list, c)
+		info.Contenders = append(info.Contenders, contenderInfo{c.name, c.versionText(ctx)})
 	}
 	if len(b.list) == 0 {
 		return errors.New("there is nobody to compare")

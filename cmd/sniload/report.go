@@ -117,6 +117,7 @@ func (r *results) strangers() (float64, bool) {
 
 func verdicts(all []verdict) string {
 	var b strings.Builder
+	var missing []string
 	b.WriteString("| | required | aim | measured | |\n|---|---|---|---|---|\n")
 	for _, v := range all {
 		sign := "≤ "
@@ -129,22 +130,23 @@ func verdicts(all []verdict) string {
 			}
 			return sign + strconv.FormatFloat(x, 'f', -1, 64) + v.unit
 		}
-		got, word := "–", "not measured"
-		if v.ok {
-			got = number(v.got) + v.unit
-			if v.note != "" {
-				got += " (" + v.note + ")"
-			}
-			switch {
-			case !v.passed(v.required):
-				word = "**miss**"
-			case v.aim != 0 && v.passed(v.aim):
-				word = "pass, aim reached"
-			default:
-				word = "pass"
-			}
+		if !v.ok {
+			missing = append(missing, v.name)
+			continue
+		}
+		got, word := number(v.got)+v.unit, "pass"
+		if v.note != "" {
+			got += " (" + v.note + ")"
+		}
+		if !v.passed(v.required) {
+			word = "**miss**"
+		} else if v.aim != 0 && v.passed(v.aim) {
+			word = "pass, aim reached"
 		}
 		fmt.Fprintf(&b, "| %s | %s | %s | %s | %s |\n", v.name, bound(v.required), bound(v.aim), got, word)
+	}
+	if len(missing) > 0 {
+		fmt.Fprintf(&b, "\nNot measured: %s.\n", strings.Join(missing, "; "))
 	}
 	return b.String()
 }
