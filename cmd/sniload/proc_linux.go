@@ -130,6 +130,20 @@ func memoryOf(pids []int) memory {
 	return m
 }
 
+// sockets is how many of them processes have open.
+func sockets(pids []int) int {
+	n := 0
+	for _, pid := range pids {
+		fds, _ := os.ReadDir(procFile(pid, "fd"))
+		for _, fd := range fds {
+			if link, err := os.Readlink(procFile(pid, "fd/"+fd.Name())); err == nil && strings.HasPrefix(link, "socket:") {
+				n++
+			}
+		}
+	}
+	return n
+}
+
 // field is the number after a key at the start of a line; 0 if there is none.
 func field(b []byte, key string) int64 {
 	for line := range strings.Lines(string(b)) {
