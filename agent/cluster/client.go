@@ -104,18 +104,48 @@ func (c *Client) Leave(ctx context.Context) error {
 
 // Forward returns a transport to a server of this datacenter, which passes
 // requests on to the leader or another datacenter by itself. Servers that do not
-// answer are asked last from then on. Errors, of Forward and wrapped of requests:
-// [state.ErrNoServers].
-func (c *Client) Forward(context.Context, state.Target) (http.RoundTripper, error) {
-	servers, _ := c.servers.healthy(c.cfg.Datacenter)
-	if len(servers) == 0 {
-		return nil, state.ErrNoServers
+// answer are asked last from then on. While no server is known at all, as before
+// the pool is joined, it waits for one, up to RPCHoldTimeout; servers that are
+// known and failed are not waited for. Errors, of Forward and wrapped of
+// requests: [state.ErrNoServers].
+func (c *Client) Forward(ctx context.Context, _ state.Target) (http.RoundTripper, error) {
+	servers, err := c.await(ctx)
+	if err != nil {
+		return nil, err
 	}
 	return &forwarder{
 		transports: c.trans,
 		next:       oneOf(servers, state.ErrNoServers),
 		onFail:     func(s server) { c.servers.demote(s.address) },
 	}, nil
+}
+
+// await returns the servers to ask, of which there is at least one.
+func (c *Client) await(ctx context.Context) ([]server, error) {
+	// Taken before the servers are looked at: a change in between is not missed.
+	changed := c.servers.changed.wait()
+	servers, known := c.servers.healthy(c.cfg.Datacenter)
+	if len(servers) > 0 {
+		return servers, nil
+	}
+	if known {
+		return nil, state.ErrNoServers
+	}
+	timeout := time.NewTimer(c.cfg.RPCHoldTimeout)
+	defer timeout.Stop()
+	for {
+		select {
+		case <-changed:
+		case <-timeout.C:
+			return nil, state.ErrNoServers
+		case <-ctx.Done():
+			return nil, fmt.Errorf("wait for servers: %w", context.Cause(ctx))
+		}
+		changed = c.servers.changed.wait()
+		if servers, _ = c.servers.healthy(c.cfg.Datacenter); len(servers) > 0 {
+			return servers, nil
+		}
+	}
 }
 
 // Store returns nil: a client agent has no state.

@@ -376,8 +376,12 @@ func TestClientForwards(t *testing.T) {
 		servers := l.three("dc1", "10.1.0")
 		lead := leaderOf(t, servers...)
 		c := l.startClient("client", "10.1.0.100", "dc1", nil)
+		began := time.Now()
 		if _, err := c.request(state.Target{}, http.MethodGet, "/whoami", ""); !errors.Is(err, state.ErrNoServers) {
 			t.Errorf("before joining: %v, want ErrNoServers", err)
+		}
+		if took := time.Since(began); took != 7*time.Second {
+			t.Errorf("no known server: failed after %v, want 7s", took)
 		}
 		if n, err := c.member.(*Client).Join([]string{"10.1.0.2"}, false); n != 1 || err != nil {
 			t.Fatalf("join: %d, %v", n, err)
@@ -400,6 +404,68 @@ func TestClientForwards(t *testing.T) {
 		}
 		_ = lead
 	})
+}
+
+// TestClientHoldsRequests starts a client that asks before it has joined, as
+// agents do, and one whose only server is dead.
+func TestClientHoldsRequests(t *testing.T) {
+	bubble(t, func(t *testing.T, l *lab) {
+		a := l.startServer("a", "10.1.0.1", "dc1", bootstrap)
+		leaderOf(t, a)
+		c := l.startClient("client", "10.1.0.100", "dc1", nil)
+		type result struct {
+			answer string
+			err    error
+		}
+		early := make(chan result, 1)
+		go func() {
+			answer, err := c.request(state.Target{}, http.MethodGet, "/whoami", "")
+			early <- result{answer, err}
+		}()
+		gone, cancel := context.WithCancelCause(t.Context())
+		ended := make(chan error, 1)
+		go func() {
+			_, err := c.Forward(gone, state.Target{})
+			ended <- err
+		}()
+		synctest.Wait()
+		stopped := errors.New("stopped")
+		cancel(stopped)
+		if err := <-ended; !errors.Is(err, stopped) {
+			t.Errorf("request that was given up: %v", err)
+		}
+		began := time.Now()
+		if n, err := c.member.(*Client).Join([]string{"10.1.0.1"}, false); n != 1 || err != nil {
+			t.Fatalf("join: %d, %v", n, err)
+		}
+		if r := <-early; r.err != nil || !strings.HasPrefix(r.answer, "a ") {
+			t.Errorf("request before the join: %q, %v", r.answer, r.err)
+		}
+		if took := time.Since(began); took > time.Second {
+			t.Errorf("answered %v after the join", took)
+		}
+
+		l.crash(a)
+		for _, state := range []string{"alive", "failed"} {
+			until(t, "a seen as "+state, func() bool {
+				i := slices.IndexFunc(c.LANMembers(), func(m serf.Member) bool { return m.Name == "a" })
+				return i >= 0 && c.LANMembers()[i].Status.String() == state
+			})
+			requestFailsAtOnce(t, c)
+		}
+	})
+}
+
+func requestFailsAtOnce(t *testing.T, c *agent) {
+	t.Helper()
+	began := time.Now()
+	_, err := c.request(state.Target{}, http.MethodGet, "/whoami", "")
+	if !errors.Is(err, state.ErrNoServers) {
+		t.Errorf("dead server: %v, want ErrNoServers", err)
+	}
+	if took := time.Since(began); took > 0 {
+		t.Errorf("dead server: failed after %v", took)
+	}
 }
 
 func TestFederation(t *testing.T) {

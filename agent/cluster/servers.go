@@ -10,12 +10,15 @@ import (
 
 // serverList is the servers of a pool in the order that they are asked.
 type serverList struct {
+	changed wakeup // woken by every update and sync
+
 	mu      sync.Mutex
 	servers []server // guarded by mu
 }
 
 // update takes in what an event says.
 func (l *serverList) update(e serf.MemberEvent) {
+	defer l.changed.wake()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, m := range e.Members {
@@ -52,6 +55,7 @@ func (l *serverList) setLocked(m serf.Member) {
 
 // sync makes the list agree with the members, in case an event was lost.
 func (l *serverList) sync(members []serf.Member) {
+	defer l.changed.wake()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	known := map[string]bool{}
