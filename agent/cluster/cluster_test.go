@@ -468,6 +468,51 @@ func requestFailsAtOnce(t *testing.T, c *agent) {
 	}
 }
 
+// TestReconnect has members come back that know nobody, long after they failed.
+func TestReconnect(t *testing.T) {
+	for _, pool := range []string{"LAN", "WAN"} {
+		t.Run(pool, func(t *testing.T) {
+			bubble(t, func(t *testing.T, l *lab) {
+				start := func(change func(*Config)) *agent {
+					if pool == "LAN" {
+						return l.startClient("other", "10.1.0.2", "dc1", change)
+					}
+					return l.startServer("other", "10.1.0.2", "dc2", change)
+				}
+				began := time.Now()
+				a := l.startServer("a", "10.1.0.1", "dc1", bootstrap)
+				alive := func() int {
+					members, n := a.LANMembers(), 0
+					if pool == "WAN" {
+						members = a.WANMembers()
+					}
+					for _, m := range members {
+						if m.Status == serf.StatusAlive {
+							n++
+						}
+					}
+					return n
+				}
+				other := start(func(c *Config) { c.RetryJoin, c.RetryJoinWAN = []string{"10.1.0.1"}, []string{"10.1.0.1"} })
+				until(t, "join", func() bool { return alive() == 2 })
+				l.crash(other)
+				until(t, "failure", func() bool { return alive() == 1 })
+				// Longer than the dead are gossiped to, and just after serf would have tried
+				// by its default.
+				wait(t.Context(), 3*time.Minute)
+				wait(t.Context(), 31*time.Second-time.Since(began)%(30*time.Second))
+				l.net.Restart("other")
+				back := time.Now()
+				start(nil)
+				until(t, "return", func() bool { return alive() == 2 })
+				if took := time.Since(back); took > 6*time.Second {
+					t.Errorf("reconnected after %v", took)
+				}
+			})
+		})
+	}
+}
+
 func TestFederation(t *testing.T) {
 	bubble(t, func(t *testing.T, l *lab) {
 		one := l.three("dc1", "10.1.0")

@@ -60,6 +60,7 @@ func openPool(ctx context.Context, c *Config, wan bool, tags map[string]string, 
 	conf.QueueDepthWarning = 4096
 	conf.RejoinAfterLeave = c.RejoinAfterLeave
 	conf.ReconnectTimeout = c.ReconnectTimeoutLAN
+	conf.ReconnectInterval = reconnectInterval
 	conf.Merge = &lanMerge{dc: c.Datacenter, name: c.NodeName, id: c.NodeID}
 	ml.BindAddr, ml.BindPort = c.BindLAN, c.SerfLANPort
 	ml.AdvertiseAddr, ml.AdvertisePort = c.AdvertiseLAN, c.SerfLANPort
@@ -128,7 +129,15 @@ func openPool(ctx context.Context, c *Config, wan bool, tags map[string]string, 
 	return p, nil
 }
 
-// gossipTransport is memberlist's own, but for connections that end with Run.
+// reconnectInterval is how often a failed member is tried: after a cut that took
+// longer than members are gossiped to, it is what joins the two sides again. Serf
+// spreads the attempts, so that the whole pool makes about one for each failed
+// member in this time.
+const reconnectInterval = 5 * time.Second
+
+// gossipTransport is memberlist's own, but for connections that end with Run and
+// are not waited for as long: the pauses of TCP between attempts grow, so that
+// one that was begun during a cut takes long to notice that the cut is over.
 type gossipTransport struct {
 	*memberlist.NetTransport
 	ctx context.Context // of Run
@@ -136,7 +145,7 @@ type gossipTransport struct {
 
 // DialTimeout implements [memberlist.Transport].
 func (t *gossipTransport) DialTimeout(addr string, timeout time.Duration) (net.Conn, error) {
-	d := net.Dialer{Timeout: timeout}
+	d := net.Dialer{Timeout: min(timeout, dialTimeout)}
 	return d.DialContext(t.ctx, "tcp", addr)
 }
 
