@@ -52,6 +52,9 @@ type running struct {
 	raft     *raft.Raft
 	lan, wan *pool
 	address  string // that others reach the RPC port at
+	// settled is the last term that this server has led with all that was committed
+	// before it applied.
+	settled atomic.Uint64
 }
 
 // NewServer returns a server that does nothing before Run. It reads, or makes,
@@ -387,10 +390,19 @@ func (s *Server) Barrier(ctx context.Context) error {
 
 // VerifyLeader confirms with a quorum that this server still leads. It blocks
 // for a round trip, or until leadership is lost.
-func (s *Server) VerifyLeader(context.Context) error {
+//
+// A new leader has what was committed before its time in its log, and applies it
+// only after a moment; the first call of a term waits for that.
+func (s *Server) VerifyLeader(ctx context.Context) error {
 	up := s.up.Load()
 	if up == nil {
 		return fmt.Errorf("verify leader: server is not running: %w", state.ErrNotLeader)
+	}
+	if term := up.raft.CurrentTerm(); up.settled.Load() != term {
+		if err := s.Barrier(ctx); err != nil {
+			return err
+		}
+		up.settled.Store(term)
 	}
 	if err := up.raft.VerifyLeader().Error(); err != nil {
 		return fmt.Errorf("verify leader: %w", raftError(err))

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"maps"
+	"strings"
 	"time"
 
 	"github.com/hashicorp/consul/api"
@@ -33,8 +34,11 @@ type CheckRegistration struct {
 func (r *Registry) RegisterCheck(c CheckRegistration) error { return r.registerCheck(c, false) }
 
 func (r *Registry) registerCheck(c CheckRegistration, loading bool) error {
-	if err := r.cfg.CheckSupported(c.Def); err != nil {
-		return fmt.Errorf("check %q: %w", c.ID, err)
+	// Maintenance is a check that nothing runs.
+	if maintenance := c.ID == nodeMaintenance || strings.HasPrefix(c.ID, maintenancePrefix); !loading || !maintenance {
+		if err := r.cfg.CheckSupported(c.Def); err != nil {
+			return fmt.Errorf("check %q: %w", c.ID, err)
+		}
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -47,16 +51,20 @@ func (r *Registry) registerCheck(c CheckRegistration, loading bool) error {
 			return fmt.Errorf("persist check %q: %w", c.ID, err)
 		}
 	}
+	r.installCheckLocked(c)
+	r.aliasesLocked()
+	r.signalLocked(false)
+	return nil
+}
+
+func (r *Registry) installCheckLocked(c CheckRegistration) {
 	token := c.Token
-	if token == "" && s != nil {
+	if s := r.services[c.ServiceID]; token == "" && s != nil {
 		token = s.Token
 	}
 	r.putCheckLocked(catalog.CheckSpec{
 		CheckID: c.ID, Name: c.Name, Notes: c.Notes, ServiceID: c.ServiceID, Status: c.Status, Def: c.Def,
 	}, token, false, false)
-	r.aliasesLocked()
-	r.signalLocked(false)
-	return nil
 }
 
 // DeregisterCheck removes a check; false where there is none.

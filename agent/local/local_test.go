@@ -21,6 +21,7 @@ import (
 	"github.com/hashicorp/go-memdb"
 
 	"github.com/sluicemesh/sluice/agent/catalog"
+	"github.com/sluicemesh/sluice/agent/check"
 	"github.com/sluicemesh/sluice/agent/configentry"
 )
 
@@ -31,6 +32,7 @@ func open(t *testing.T, dir string) *Registry {
 		Datacenter:     "dc1",
 		DataDir:        dir,
 		SidecarMinPort: 21000, SidecarMaxPort: 21002,
+		CheckSupported: check.Supported,
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -99,6 +101,44 @@ func TestSidecarExpansion(t *testing.T) {
 	err := r.Register(define(t, withSidecar("d", 1)), false)
 	if err == nil || !strings.Contains(err.Error(), "none left in the configured range [21000, 21002]") {
 		t.Errorf("a fourth sidecar in three ports: %v", err)
+	}
+}
+
+// TestMaintenancePersists keeps maintenance of the node and of services over a
+// restart, services of files included, which come later than what was persisted.
+func TestMaintenancePersists(t *testing.T) {
+	dir := t.TempDir()
+	file := func() []*catalog.Definition {
+		return []*catalog.Definition{define(t, api.AgentServiceRegistration{Name: "web", Port: 8080})}
+	}
+	r := open(t, dir)
+	if err := r.ReplaceFiles(file(), nil); err != nil {
+		t.Fatal(err)
+	}
+	register(t, r, api.AgentServiceRegistration{Name: "api", Port: 9090})
+	for _, id := range []string{"web", "api"} {
+		if found, err := r.ServiceMaintenance(id, true, "upgrade", ""); !found || err != nil {
+			t.Fatal(found, err)
+		}
+	}
+	if err := r.NodeMaintenance(true, "move", ""); err != nil {
+		t.Fatal(err)
+	}
+	again := open(t, dir)
+	if err := again.ReplaceFiles(file(), nil); err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff([]string{"_node_maintenance", "_service_maintenance:api", "_service_maintenance:web"}, ids(again.Checks(nil))); d != "" {
+		t.Error(d)
+	}
+	if c := again.Checks(nil)["_service_maintenance:web"]; c != nil && (c.Check.Notes != "upgrade" || c.Check.ServiceName != "web" || c.Check.Status != api.HealthCritical) {
+		t.Errorf("after the restart %+v", c.Check)
+	}
+	if err := again.ReplaceFiles(nil, nil); err != nil { // and it goes with its service
+		t.Fatal(err)
+	}
+	if again.Checks(nil)["_service_maintenance:web"] != nil {
+		t.Error("maintenance of a service that is gone")
 	}
 }
 
@@ -215,7 +255,7 @@ func TestChecks(t *testing.T) {
 	if _, err := r.UpdateTTL("nope", api.HealthPassing, ""); err != nil {
 		t.Errorf("unknown check: %v", err)
 	}
-	if err := r.RegisterCheck(CheckRegistration{ID: "x", Name: "x", ServiceID: "nope"}); !errors.Is(err, ErrNoService) {
+	if err := r.RegisterCheck(CheckRegistration{ID: "x", Name: "x", ServiceID: "nope", Def: catalog.CheckDefinition{TTL: "10s"}}); !errors.Is(err, ErrNoService) {
 		t.Errorf("check of an unknown service: %v", err)
 	}
 }

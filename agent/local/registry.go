@@ -91,6 +91,8 @@ type Registry struct {
 	checks          map[string]*Check
 	servicesChanged chan struct{}
 	checksChanged   chan struct{}
+	// early are persisted checks of services that files define, which come later.
+	early []CheckRegistration
 }
 
 // Open returns a registry with what was persisted under cfg.DataDir. What cannot
@@ -131,7 +133,9 @@ func Open(cfg Config) (*Registry, error) {
 		}
 	}
 	for _, c := range checks {
-		if err := r.registerCheck(c, true); err != nil {
+		if err := r.registerCheck(c, true); errors.Is(err, ErrNoService) {
+			r.early = append(r.early, c)
+		} else if err != nil {
 			cfg.Logger.Error("persisted check not registered", "check", c.ID, "error", err)
 		}
 	}
@@ -390,6 +394,14 @@ func (r *Registry) ReplaceFiles(defs []*catalog.Definition, checks []catalog.Che
 			delete(r.checks, id)
 		}
 	}
+	for _, c := range r.early {
+		if r.services[c.ServiceID] == nil {
+			r.cfg.Logger.Error("persisted check not registered", "check", c.ID, "error", fmt.Errorf("service %q: %w", c.ServiceID, ErrNoService))
+		} else if r.checks[c.ID] == nil {
+			r.installCheckLocked(c)
+		}
+	}
+	r.early = nil
 	r.aliasesLocked()
 	r.signalLocked(true)
 	return errors.Join(errs...)

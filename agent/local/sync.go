@@ -217,18 +217,19 @@ func (s *Syncer) interval() time.Duration {
 	return d + rand.N(d/8+1)
 }
 
-// read asks the catalog what it holds for the node.
+// read asks the catalog what it holds for the node. It has to be all of it: what is
+// not seen here stays wrong until the next full comparison.
 func (s *Syncer) read(ctx context.Context) (*remote, error) {
 	node := s.Registry.Node()
 	var list struct {
 		Node     *catalog.Node
 		Services []*catalog.Service
 	}
-	if err := s.call(ctx, http.MethodGet, "/v1/catalog/node-services/"+url.PathEscape(node.Node), "", nil, &list); err != nil {
+	if err := s.call(ctx, http.MethodGet, "/v1/catalog/node-services/"+url.PathEscape(node.Node)+"?consistent", "", nil, &list); err != nil {
 		return nil, err
 	}
 	var checks []*catalog.Check
-	if err := s.call(ctx, http.MethodGet, "/v1/health/node/"+url.PathEscape(node.Node), "", nil, &checks); err != nil {
+	if err := s.call(ctx, http.MethodGet, "/v1/health/node/"+url.PathEscape(node.Node)+"?consistent", "", nil, &checks); err != nil {
 		return nil, err
 	}
 	r := &remote{services: map[string]*catalog.Service{}, checks: map[string]*catalog.Check{}}
