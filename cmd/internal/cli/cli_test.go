@@ -5,9 +5,12 @@ import (
 	"flag"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/hashicorp/consul/api"
+
+	"github.com/sluicemesh/sluice/gateway"
 )
 
 func TestTable(t *testing.T) {
@@ -218,5 +221,22 @@ func TestHelp(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+func TestProgressLine(t *testing.T) {
+	now := time.Date(2026, 1, 1, 12, 0, 0, 0, time.UTC)
+	for _, test := range []struct {
+		p    gateway.Progress
+		want string
+	}{
+		{gateway.Progress{Phase: gateway.DrainWaiting, Open: 12, ETA: now.Add(35 * time.Second)}, "gw: waiting    open 12  ETA 35s"},
+		{gateway.Progress{Phase: gateway.DrainFinishing, Open: 7, Finished: 5, Rate: 2.5, ETA: now.Add(90 * time.Second)}, "gw: finishing  open 7  finished 5  closed 0  2.5/s  ETA 1m30s"},
+		{gateway.Progress{Phase: gateway.DrainClosing, Open: 3, Finished: 5, Closed: 4, Rate: 50, ETA: now.Add(-time.Second)}, "gw: closing    open 3  finished 5  closed 4  50.0/s  ETA 0s"},
+		{gateway.Progress{Phase: gateway.DrainDrained, Finished: 5, Closed: 7, Since: now.Add(-61500 * time.Millisecond)}, "gw: drained    open 0  finished 5  closed 7  after 1m1.5s"},
+	} {
+		if got := progressLine("gw", &test.p, now); got != test.want {
+			t.Errorf("got  %q\nwant %q", got, test.want)
+		}
 	}
 }

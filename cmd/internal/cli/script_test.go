@@ -14,6 +14,7 @@ import (
 	"math/big"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -21,6 +22,8 @@ import (
 
 	"github.com/hashicorp/consul/api"
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/sluicemesh/sluice/gateway"
 )
 
 func TestMain(m *testing.M) {
@@ -63,6 +66,9 @@ func TestScripts(t *testing.T) {
 			"signal":      sendSignal,
 			"expand":      expand,
 			"waitfile":    waitFile,
+			"waitproxy":   waitProxy,
+
+			"waitcritical": waitCritical,
 		},
 	})
 }
@@ -148,6 +154,42 @@ func waitService(ts *testscript.TestScript, neg bool, args []string) {
 		}
 		index = meta.LastIndex
 	}
+}
+
+// waitProxy ID waits until a gateway or sidecar of the agent serves.
+func waitProxy(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: waitproxy ID")
+	}
+	ts.Check(try(func() error {
+		var p gateway.ProxyStatus
+		if _, err := client(ts).Raw().Query("/v1/agent/proxy/"+args[0], &p, nil); err != nil {
+			return err
+		}
+		if p.State != gateway.PhaseServing || p.Plane == nil || len(p.Plane.Listeners) == 0 || !p.Plane.Listeners[0].Bound {
+			return fmt.Errorf("proxy %s is %s: %s", args[0], p.State, p.Reason)
+		}
+		return nil
+	}))
+}
+
+// waitCritical ID waits until the catalog calls an instance critical, or with !
+// not.
+func waitCritical(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) != 1 {
+		ts.Fatalf("usage: [!] waitcritical ID")
+	}
+	ts.Check(try(func() error {
+		list, _, err := client(ts).Health().State(api.HealthCritical, nil)
+		if err != nil {
+			return err
+		}
+		critical := slices.ContainsFunc(list, func(c *api.HealthCheck) bool { return c.ServiceID == args[0] })
+		if critical == neg {
+			return fmt.Errorf("instance %s critical: %v", args[0], critical)
+		}
+		return nil
+	}))
 }
 
 // sendSignal NAME COMMAND sends a signal to a background process, which the
