@@ -16,6 +16,7 @@ import (
 
 	"github.com/hashicorp/consul/api"
 	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/raft"
 	"github.com/hashicorp/serf/serf"
 
 	"github.com/sluicemesh/sluice/agent/cluster/memnet"
@@ -369,6 +370,111 @@ func TestServerLeaves(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestDeadServersLoseTheirVote has one server of three die for good.
+func TestDeadServersLoseTheirVote(t *testing.T) {
+	// begin returns the two that live on, their leader first, once the third is
+	// known to have failed.
+	begin := func(t *testing.T, l *lab, change func(*Config)) (lead, other, dead *agent) {
+		var servers []*agent
+		for i, n := range []string{"a", "b", "c"} {
+			servers = append(servers, l.startServer(n, fmt.Sprintf("10.1.0.%d", i+1), "dc1", func(c *Config) {
+				c.BootstrapExpect = 3
+				c.RetryJoin = []string{"10.1.0.1"}
+				change(c)
+			}))
+		}
+		lead = leaderOf(t, servers...)
+		rest := slices.DeleteFunc(servers, func(a *agent) bool { return a == lead })
+		other, dead = rest[0], rest[1]
+		l.crash(dead)
+		until(t, "failure", func() bool {
+			return slices.ContainsFunc(lead.LANMembers(), func(m serf.Member) bool { return m.Status == serf.StatusFailed })
+		})
+		wait(t.Context(), 45*time.Second)
+		if got := lead.server.Peers(); len(got) != 3 {
+			t.Fatalf("voters after a failure: %v", got)
+		}
+		return lead, other, dead
+	}
+	t.Run("reaped", func(t *testing.T) {
+		bubble(t, func(t *testing.T, l *lab) {
+			lead, other, _ := begin(t, l, func(c *Config) { c.ReconnectTimeoutLAN = 2 * time.Minute })
+			until(t, "two voters", func() bool { return len(lead.server.Peers()) == 2 })
+			if err := lead.server.put(t.Context(), "n"); err != nil {
+				t.Error(err)
+			}
+			// Without the other there is no quorum, and so nobody to remove it.
+			l.crash(other)
+			wait(t.Context(), 10*time.Minute)
+			if got := lead.server.Peers(); len(got) != 2 {
+				t.Errorf("voters without a quorum: %v", got)
+			}
+		})
+	})
+	t.Run("pruned", func(t *testing.T) {
+		bubble(t, func(t *testing.T, l *lab) {
+			lead, other, dead := begin(t, l, func(*Config) {})
+			if err := other.server.ForceLeave(dead.name, true, false); err != nil {
+				t.Fatal(err)
+			}
+			until(t, "two voters", func() bool { return len(lead.server.Peers()) == 2 })
+		})
+	})
+	t.Run("replaced", func(t *testing.T) {
+		bubble(t, func(t *testing.T, l *lab) {
+			lead, other, dead := begin(t, l, func(*Config) {})
+			next := l.startServer("next", "10.1.0.9", "dc1", func(c *Config) {
+				c.NodeName = dead.name
+				c.BootstrapExpect = 3
+				c.RetryJoin = []string{lead.server.cfg.AdvertiseLAN}
+			})
+			want := []string{lead.server.cfg.AdvertiseLAN + ":8300", other.server.cfg.AdvertiseLAN + ":8300", "10.1.0.9:8300"}
+			slices.Sort(want)
+			until(t, "the replacement's vote and no other", func() bool { return slices.Equal(lead.server.Peers(), want) })
+			leaderOf(t, lead, other, next)
+		})
+	})
+	t.Run("absent", func(t *testing.T) {
+		// Nobody has ever seen the third, as when all have restarted since.
+		bubble(t, func(t *testing.T, l *lab) {
+			start := func(name, ip string) *agent {
+				return l.startServer(name, ip, "dc1", func(c *Config) {
+					c.BootstrapExpect = 2
+					c.RetryJoin = []string{"10.1.0.1"}
+					c.ReconnectTimeoutLAN = 2 * time.Minute
+				})
+			}
+			lead := leaderOf(t, start("a", "10.1.0.1"), start("b", "10.1.0.2"))
+			if err := lead.server.up.Load().raft.AddVoter("ghost", "10.1.0.3:8300", 0, 0).Error(); err != nil {
+				t.Fatal(err)
+			}
+			wait(t.Context(), 110*time.Second)
+			if got := lead.server.Peers(); len(got) != 3 {
+				t.Fatalf("voters after two minutes: %v", got)
+			}
+			until(t, "two voters", func() bool { return len(lead.server.Peers()) == 2 })
+		})
+	})
+}
+
+func TestQuorumWithout(t *testing.T) {
+	servers := []raft.Server{{ID: "a"}, {ID: "b"}, {ID: "c"}, {ID: "d"}, {ID: "reader", Suffrage: raft.Nonvoter}}
+	for _, tc := range []struct {
+		alive string
+		want  bool
+	}{
+		{"a b c", true}, {"a b", true}, {"a", false}, {"a reader", false}, {"", false},
+	} {
+		alive := map[raft.ServerID]bool{}
+		for id := range strings.FieldsSeq(tc.alive) {
+			alive[raft.ServerID(id)] = true
+		}
+		if got := quorumWithout("d", servers, alive); got != tc.want {
+			t.Errorf("%q alive: %v, want %v", tc.alive, got, tc.want)
+		}
+	}
 }
 
 func TestClientForwards(t *testing.T) {

@@ -95,7 +95,8 @@ type Config struct {
 	// AllowedLAN and AllowedWAN are the networks that members may be in; empty is
 	// every one.
 	AllowedLAN, AllowedWAN []netip.Prefix
-	// ReconnectTimeoutLAN is how long a failed member is remembered; 0 means 72 h.
+	// ReconnectTimeoutLAN is how long a failed member is remembered; 0 means 72 h. A
+	// failed server keeps its vote as long, unless another one takes its name.
 	ReconnectTimeoutLAN, ReconnectTimeoutWAN time.Duration
 
 	// ServerTLS, where set, is offered on the RPC port; where it demands client

@@ -320,8 +320,13 @@ const voterInterval = 10 * time.Second
 func (s *Server) voterLoop(ctx context.Context, up *running) {
 	tick := time.NewTicker(voterInterval)
 	defer tick.Stop()
+	absent := map[raft.ServerID]time.Time{}
 	for {
-		if err := s.reconcileVoters(ctx, up); err != nil && ctx.Err() == nil {
+		err := s.reconcileVoters(ctx, up)
+		if ctx.Err() == nil {
+			err = errors.Join(err, s.removeDead(ctx, up, absent))
+		}
+		if err != nil && ctx.Err() == nil {
 			s.log.Warn("could not update raft peers", "error", err)
 		}
 		select {
@@ -334,8 +339,9 @@ func (s *Server) voterLoop(ctx context.Context, up *running) {
 }
 
 // reconcileVoters adds servers that came and removes those that left. Failed
-// ones keep their vote: they may come back, and a quorum that shrinks with every
-// failure ends as one server which believes to be all there is.
+// ones keep their vote until removeDead takes them for dead: they may come back,
+// and a quorum that shrinks with every failure ends as one server which believes
+// to be all there is.
 func (s *Server) reconcileVoters(ctx context.Context, up *running) error {
 	have := peers(up.raft)
 	members := up.lan.Members()
@@ -397,6 +403,124 @@ func (s *Server) reconcileVoters(ctx context.Context, up *running) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// removeDead removes the servers that do not come back. It is slow to believe
+// that, and never does while the others could not go on without the server:
+//   - the pool has reaped it: it had failed for ReconnectTimeoutLAN, or somebody
+//     forced it out and had it forgotten;
+//   - another server came alive under its name, so that it has been replaced;
+//   - the pool has not known it for ReconnectTimeoutLAN, in this term: it was
+//     reaped when nobody was there to see it.
+//
+// absent is since when servers have not been in the pool; it is of this term.
+func (s *Server) removeDead(ctx context.Context, up *running, absent map[raft.ServerID]time.Time) error {
+	have := peers(up.raft)
+	known := map[raft.ServerID]bool{}
+	alive := map[raft.ServerID]bool{}
+	names := map[string]bool{} // of those that are alive
+	for _, x := range serversOf(up.lan.Members()) {
+		id := raft.ServerID(x.id)
+		known[id] = true
+		if x.status == serf.StatusAlive && x.dc == s.cfg.Datacenter {
+			alive[id], names[x.name] = true, true
+		}
+	}
+	var errs []error
+	for _, p := range have {
+		if known[p.ID] || p.ID == raft.ServerID(s.cfg.NodeID) {
+			delete(absent, p.ID)
+			continue
+		}
+		since, ok := absent[p.ID]
+		if !ok {
+			since = time.Now()
+			absent[p.ID] = since
+		}
+		name, reaped := s.departed.of(p.ID)
+		var why string
+		switch {
+		case reaped:
+			why = "reaped"
+		case name != "" && names[name]:
+			why = "replaced under its name"
+		case time.Since(since) >= s.cfg.ReconnectTimeoutLAN:
+			why = "absent"
+		default:
+			continue
+		}
+		if !quorumWithout(p.ID, peers(up.raft), alive) {
+			s.log.Debug("dead raft peer stays: the others are no quorum without it", "id", p.ID, "server", name)
+			continue
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		s.log.Info("removing dead raft peer", "id", p.ID, "server", name, "address", p.Address, "reason", why)
+		if err := up.raft.RemoveServer(p.ID, 0, 0).Error(); err != nil {
+			errs = append(errs, fmt.Errorf("remove dead server %s: %w", p.ID, err))
+			continue
+		}
+		delete(absent, p.ID)
+		s.departed.forget(p.ID)
+	}
+	return errors.Join(errs...)
+}
+
+// quorumWithout says whether those voters that are alive are a quorum once the
+// server has been removed.
+func quorumWithout(id raft.ServerID, servers []raft.Server, alive map[raft.ServerID]bool) bool {
+	voters, healthy := 0, 0
+	for _, p := range servers {
+		if p.Suffrage != raft.Voter || p.ID == id {
+			continue
+		}
+		voters++
+		if alive[p.ID] {
+			healthy++
+		}
+	}
+	return healthy >= voters/2+1
+}
+
+// departures is what the LAN pool has told of servers that it may not know any
+// more. The zero value is ready.
+type departures struct {
+	mu sync.Mutex
+	// Guarded by mu: the name that an ID last had, and what was reaped.
+	names  map[raft.ServerID]string
+	reaped map[raft.ServerID]bool
+}
+
+// note takes in what an event says.
+func (d *departures) note(e serf.MemberEvent) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.names == nil {
+		d.names, d.reaped = map[raft.ServerID]string{}, map[raft.ServerID]bool{}
+	}
+	for _, m := range e.Members {
+		x, ok := parseServer(m)
+		if !ok || x.id == "" {
+			continue
+		}
+		d.names[raft.ServerID(x.id)] = x.name
+		d.reaped[raft.ServerID(x.id)] = e.Type == serf.EventMemberReap
+	}
+}
+
+// of returns the name of a server, "" where it is not known.
+func (d *departures) of(id raft.ServerID) (name string, reaped bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.names[id], d.reaped[id]
+}
+
+func (d *departures) forget(id raft.ServerID) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.names, id)
+	delete(d.reaped, id)
 }
 
 // nodeID returns id, else the one kept in dir, else a new one, which is kept.

@@ -34,6 +34,7 @@ type Server struct {
 
 	// lan and wan are the servers of the pools.
 	lan, wan serverList
+	departed departures // from the LAN pool
 	leads    *leaderWatch
 
 	// Rung when the LAN pool changed.
@@ -204,6 +205,7 @@ func (s *Server) Run(ctx context.Context) (err error) {
 // onLAN takes in a change of the LAN pool. It must not block.
 func (s *Server) onLAN(e serf.MemberEvent) {
 	s.lan.update(e)
+	s.departed.note(e)
 	s.flood.ring()
 	s.voters.ring()
 	s.founding.ring()
