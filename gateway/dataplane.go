@@ -99,6 +99,7 @@ const (
 	RefuseHelloTimeout  = "hello-timeout"   // no complete ClientHello in time
 	RefuseHelloTooLarge = "hello-too-large" // more bytes than the bound
 	RefuseNotTLS        = "not-tls"         // the bytes are no ClientHello
+	RefuseProxyHeader   = "proxy-header"    // that of the PROXY protocol is missing or wrong
 	RefuseNoServerName  = "no-server-name"
 	RefuseBadServerName = "bad-server-name" // not a host name
 	RefuseNoRoute       = "no-route"        // no rule matches the server name

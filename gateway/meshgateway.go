@@ -2,7 +2,9 @@ package gateway
 
 import (
 	"cmp"
+	"fmt"
 	"maps"
+	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -22,6 +24,9 @@ type meshEnv struct {
 	maxConnections          int
 	connectionRate          float64
 	connectionBurst         int
+	// sendProxy goes to gateways of other datacenters, and sendProxyLocal to the
+	// instances of services here.
+	sendProxy, sendProxyLocal ProxyVersion
 }
 
 // limit sets the bounds that are the same for every cluster.
@@ -60,7 +65,6 @@ func (c *Compiler) meshGateway(t *Table, s *proxycfg.Snapshot) {
 		conf.values = reg.Proxy.Config
 	}
 	own := Origin{Object: "registration/" + reg.ID, Datacenter: t.Datacenter, Index: reg.ModifyIndex}
-	gatewayListeners(t, reg, conf, own)
 
 	env := meshEnv{
 		datacenter:     t.Datacenter,
@@ -71,6 +75,9 @@ func (c *Compiler) meshGateway(t *Table, s *proxycfg.Snapshot) {
 	env.maxConnections = cmp.Or(limits.count("max_connections"), maxConnections(s.Gateway.Defaults))
 	env.connectionRate, env.connectionBurst = limits.perSecond("connection_rate"), limits.count("connection_burst")
 	done()
+	var accept *ProxyProtocol
+	accept, env.sendProxy, env.sendProxyLocal = proxyProtocol(conf)
+	gatewayListeners(t, reg, conf, Listener{ProxyProtocol: accept, Origin: own})
 	var keepalive *Keepalive
 	if conf.bool("envoy_gateway_remote_tcp_enable_keepalive") {
 		keepalive = &Keepalive{
@@ -132,6 +139,7 @@ func (c *Compiler) meshGateway(t *Table, s *proxycfg.Snapshot) {
 			Endpoints:      endpoints(dc.Gateways, dc.Name, true, false),
 			ConnectTimeout: env.connectTimeout,
 			Keepalive:      keepalive,
+			SendProxy:      env.sendProxy,
 			Origin:         origin,
 		}
 		env.limit(&cl)
@@ -167,6 +175,7 @@ func servers(t *Table, s *proxycfg.Snapshot, env meshEnv, keepalive *Keepalive) 
 			Endpoints:      endpoints(dc.Gateways, dc.Name, true, false),
 			ConnectTimeout: env.connectTimeout,
 			Keepalive:      keepalive,
+			SendProxy:      env.sendProxy,
 			Origin:         Origin{Object: "mesh-gateways/" + dc.Name, Datacenter: dc.Name, Index: newest(dc.Gateways)},
 		}, name, "*."+name)
 	}
@@ -207,9 +216,9 @@ func maxConnections(defaults *api.ServiceConfigEntry) int {
 	return max(0, *l.MaxConnections)
 }
 
-// gatewayListeners adds the listeners of a gateway. All
-// of them do the same; an address that an earlier name has is left out.
-func gatewayListeners(t *Table, reg *catalog.Service, conf *settings, origin Origin) {
+// gatewayListeners adds the listeners of a gateway. All of them do the same, as in
+// model; an address that an earlier name has is left out.
+func gatewayListeners(t *Table, reg *catalog.Service, conf *settings, model Listener) {
 	type bind struct {
 		name, host string
 		port       int
@@ -234,7 +243,8 @@ func gatewayListeners(t *Table, reg *catalog.Service, conf *settings, origin Ori
 	slices.SortFunc(binds, func(a, b bind) int {
 		return cmp.Or(cmp.Compare(a.name, b.name), cmp.Compare(hostPort(a.host, a.port), hostPort(b.host, b.port)))
 	})
-	limits, most := listenerLimits(conf)
+	model.Network, model.Mode = "tcp", ListenSNI
+	model.Limits, model.MaxConnections = listenerLimits(conf)
 	taken := make(map[string]bool)
 	for _, b := range binds {
 		address := hostPort(b.host, b.port)
@@ -246,15 +256,9 @@ func gatewayListeners(t *Table, reg *catalog.Service, conf *settings, origin Ori
 			continue
 		}
 		taken[address] = true
-		t.Listeners = append(t.Listeners, Listener{
-			Name:           b.name + ":" + address,
-			Network:        "tcp",
-			Address:        address,
-			Mode:           ListenSNI,
-			MaxConnections: most,
-			Limits:         limits,
-			Origin:         origin,
-		})
+		l := model
+		l.Name, l.Address = b.name+":"+address, address
+		t.Listeners = append(t.Listeners, l)
 	}
 	if len(t.Listeners) == 0 {
 		t.warn("nothing is listened on: the default bind is off and no other address is given")
@@ -279,6 +283,39 @@ func listenerLimits(conf *settings) (l *Limits, maxConnections int) {
 	return l, s.count("max_connections")
 }
 
+// proxyProtocol reads whose headers are believed, nil for nobody's, and which are
+// sent to other gateways and to instances of services.
+func proxyProtocol(conf *settings) (accept *ProxyProtocol, send, sendLocal ProxyVersion) {
+	s, done := conf.section("proxy_protocol")
+	defer done()
+	version := func(key string) ProxyVersion {
+		if v := s.oneOf(key, "off", string(ProxyV1), string(ProxyV2)); v != "off" {
+			return ProxyVersion(v)
+		}
+		return ""
+	}
+	send, sendLocal = version("send"), version("send_to_services")
+	a := &ProxyProtocol{Accept: ProxyAccept(s.oneOf("accept", "off", string(ProxyOptional), string(ProxyStrict)))}
+	for _, text := range s.strings("trusted") {
+		p, err := netip.ParsePrefix(text)
+		if ip, ipErr := netip.ParseAddr(text); ipErr == nil {
+			p, err = ip.Prefix(ip.BitLen())
+		}
+		if err != nil {
+			s.reject("trusted", text, "an address or a network")
+			continue
+		}
+		a.Trusted = append(a.Trusted, p.Masked().String())
+	}
+	if a.Accept == "" || a.Accept == "off" {
+		return nil, send, sendLocal
+	}
+	if len(a.Trusted) == 0 {
+		s.bad = append(s.bad, fmt.Sprintf("accept is %s, and no network is trusted: no header is believed", a.Accept))
+	}
+	return a, send, sendLocal
+}
+
 // compileService makes the clusters of a local service: one for the service, one
 // for each subset.
 func compileService(s *proxycfg.GatewayService, env meshEnv) *serviceMemo {
@@ -289,6 +326,7 @@ func compileService(s *proxycfg.GatewayService, env meshEnv) *serviceMemo {
 		Origin:         Origin{Object: "service/" + s.Name.String(), Datacenter: env.datacenter, Index: s.Index},
 	}
 	env.limit(&base)
+	base.SendProxy = env.sendProxyLocal
 	for _, inst := range s.Instances {
 		if host, _ := catalog.LANAddress(inst); isHostname(host) {
 			warn("instance " + inst.Service.ID + " on " + inst.Node.Node + " has the hostname " + host + " as its address, which is resolved here")

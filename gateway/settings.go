@@ -205,6 +205,46 @@ func (s *settings) count(keys ...string) int {
 	return n
 }
 
+// strings returns a list of strings; one string is a list of one.
+func (s *settings) strings(keys ...string) []string {
+	k, v, ok := s.find(keys...)
+	if !ok {
+		return nil
+	}
+	var list []any
+	switch x := v.(type) {
+	case string:
+		list = []any{x}
+	case []any:
+		list = x
+	case []string:
+		return slices.Clone(x)
+	default:
+		s.reject(k, v, "a list of strings")
+		return nil
+	}
+	var out []string
+	for _, x := range list {
+		text, ok := x.(string)
+		if !ok {
+			s.reject(k, v, "a list of strings")
+			return nil
+		}
+		out = append(out, text)
+	}
+	return out
+}
+
+// oneOf returns the value, which must be one of those given, or "".
+func (s *settings) oneOf(key string, values ...string) string {
+	v := s.string(key)
+	if v != "" && !slices.Contains(values, v) {
+		s.reject(key, v, "one of "+strings.Join(values, ", "))
+		return ""
+	}
+	return v
+}
+
 // section returns the settings of a block, which reads as an empty one where it
 // is absent. Once all was read close is to be called, which tells what is wrong
 // in it, and which of its keys are none: unlike a whole configuration, which is

@@ -63,6 +63,9 @@ type Listener struct {
 	MaxConnections int `json:",omitempty"`
 	// Limits are further bounds; nil is none.
 	Limits *Limits `json:",omitempty"`
+	// ProxyProtocol says whose headers of the PROXY protocol are believed; nil is
+	// nobody's.
+	ProxyProtocol *ProxyProtocol `json:",omitempty"`
 	// SocketMode is the octal file mode of a unix socket; "" is the process's.
 	SocketMode string `json:",omitempty"`
 	// Authorise is set on inbound listeners.
@@ -86,6 +89,35 @@ type Limits struct {
 	// 0 is the data plane's own bound.
 	MaxPendingHellos int `json:",omitempty"`
 }
+
+// ProxyProtocol is what a listener does with headers of the PROXY protocol, of
+// either version, which name the source of a connection that came through a load
+// balancer.
+type ProxyProtocol struct {
+	Accept ProxyAccept
+	// Trusted are the networks whose headers are believed, as CIDR prefixes.
+	Trusted []string `json:",omitempty"`
+}
+
+// ProxyAccept says which connections must begin with a header.
+type ProxyAccept string
+
+// The ways to accept headers of the PROXY protocol.
+const (
+	// ProxyOptional takes trusted peers with and without a header, others without.
+	ProxyOptional ProxyAccept = "optional"
+	// ProxyStrict takes trusted peers with a header, and nobody else.
+	ProxyStrict ProxyAccept = "strict"
+)
+
+// ProxyVersion is a version of the PROXY protocol.
+type ProxyVersion string
+
+// The versions of the PROXY protocol.
+const (
+	ProxyV1 ProxyVersion = "v1"
+	ProxyV2 ProxyVersion = "v2"
+)
 
 // Authorisation decides which clients an inbound listener admits: the first rule
 // that matches the client's identity, else Default.
@@ -135,6 +167,9 @@ type Cluster struct {
 	// second.
 	ConnectionRate  float64 `json:",omitempty"`
 	ConnectionBurst int     `json:",omitempty"`
+	// SendProxy is the version of the PROXY header that the endpoints are sent
+	// before anything else; "" is none.
+	SendProxy ProxyVersion `json:",omitempty"`
 	// TLS is set where the data plane originates mutual TLS.
 	TLS *ClientTLS `json:",omitempty"`
 	// Failover names the clusters to use, in order, when this one has no healthy

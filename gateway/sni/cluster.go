@@ -102,6 +102,7 @@ type tier struct {
 	timeout   time.Duration // of one attempt to connect
 	keepalive gateway.Keepalive
 	limit     int64 // connections of the owner; 0 is none
+	send      gateway.ProxyVersion
 }
 
 type member struct {
@@ -539,7 +540,7 @@ func (r *registry) tiers(c *cluster, spec *gateway.Cluster, unknown bool) []tier
 	var out []tier
 	for _, prio := range slices.Sorted(maps.Keys(groups)) {
 		t := tier{owner: c, members: groups[prio], policy: spec.Policy,
-			timeout: spec.ConnectTimeout, limit: int64(spec.MaxConnections)}
+			timeout: spec.ConnectTimeout, limit: int64(spec.MaxConnections), send: spec.SendProxy}
 		if t.timeout <= 0 {
 			t.timeout = defaultConnectTimeout
 		}
@@ -596,7 +597,7 @@ func sameCluster(a, b *gateway.Cluster) bool {
 		return true
 	}
 	if a.ConnectTimeout != b.ConnectTimeout || a.Policy != b.Policy || a.MaxConnections != b.MaxConnections ||
-		a.ConnectionRate != b.ConnectionRate || a.ConnectionBurst != b.ConnectionBurst ||
+		a.ConnectionRate != b.ConnectionRate || a.ConnectionBurst != b.ConnectionBurst || a.SendProxy != b.SendProxy ||
 		(a.Keepalive == nil) != (b.Keepalive == nil) || a.Keepalive != nil && *a.Keepalive != *b.Keepalive ||
 		!slices.Equal(a.Failover, b.Failover) {
 		return false

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -42,7 +43,12 @@ func (l *loop) begin(s *sock, fd int32) {
 		l.refuse(c, peer, nil, nil, gateway.RefuseLimit, limit)
 		return
 	}
-	if t.bySource() && !l.admitSource(c, t, peer, nil) {
+	expect, reason, detail := t.expects(peer.Addr())
+	if reason != "" {
+		l.refuse(c, peer, nil, nil, reason, detail)
+		return
+	}
+	if !expect && t.bySource() && !l.admitSource(c, t, peer, nil) {
 		return
 	}
 	var scan helloScan
@@ -54,21 +60,31 @@ func (l *loop) begin(s *sock, fd int32) {
 	case e != 0 || n == 0:
 		l.refuse(c, peer, nil, nil, gateway.RefuseClientGone, "")
 		return
-	default:
-		done, reason := scan.feed(l.buf[:n], limit)
+	}
+	data := l.buf[:n]
+	if expect {
+		var size int
+		var ok bool
+		if size, expect, ok = l.takeHeader(c, t, &peer, data); !ok {
+			return
+		}
+		data = data[size:]
+	}
+	if !expect && len(data) > 0 {
+		done, reason := scan.feed(data, limit)
 		if reason != "" {
-			l.refuse(c, peer, nil, l.buf[:n], reason, "")
+			l.refuse(c, peer, nil, data, reason, "")
 			return
 		}
 		if done {
-			l.route(c, peer, l.buf[:n], &scan)
+			l.route(c, peer, data, &scan)
 			return
 		}
 	}
 	b := l.newBegun()
-	b.peer, b.scan = peer, scan
-	if n > 0 {
-		b.buf = append(l.block(n), l.buf[:n]...)
+	b.peer, b.scan, b.expect = peer, scan, expect
+	if len(data) > 0 {
+		b.buf = append(l.block(len(data)), data...)
 	}
 	c.begun = b
 	b.id = c.id
@@ -80,6 +96,25 @@ func (l *loop) begin(s *sock, fd int32) {
 		b, c := s.wait.oldest, l.conn(s.wait.oldest.id)
 		l.refuse(c, b.peer, nil, b.buf, gateway.RefuseLimit, "pending hellos of the listener")
 	}
+}
+
+// takeHeader takes the header of the PROXY protocol at the start of data, of which
+// it is size bytes, and sets peer to the source that it names. more says that it
+// has not all come; ok is false when the connection is refused.
+func (l *loop) takeHeader(c *conn, t *terms, peer *netip.AddrPort, data []byte) (size int, more, ok bool) {
+	h, more, reason, detail := t.header(data)
+	switch {
+	case reason != "":
+		l.refuse(c, *peer, nil, nil, reason, detail)
+		return 0, false, false
+	case more:
+		return 0, true, true
+	case h.src.IsValid():
+		n := l.note(c)
+		n.src, n.dst = h.src, h.dst
+		*peer = h.src
+	}
+	return h.size, false, !t.bySource() || l.admitSource(c, t, *peer, nil)
 }
 
 // admitSource accounts the connection to its source. It returns false when the
@@ -99,8 +134,11 @@ func (l *loop) admitSource(c *conn, t *terms, peer netip.AddrPort, data []byte) 
 // moreHello goes on with a hello that did not come in one piece.
 func (l *loop) moreHello(c *conn) {
 	b := c.begun
-	limit := l.f.cfg.HelloBytes
 	for {
+		limit := l.f.cfg.HelloBytes
+		if b.expect {
+			limit = max(limit, maxProxyHeader)
+		}
 		if len(b.buf) == cap(b.buf) {
 			bigger := append(l.block(min(max(2*len(b.buf), 1), maxHelloBytes)), b.buf...)
 			l.unblock(b.buf)
@@ -116,6 +154,20 @@ func (l *loop) moreHello(c *conn) {
 			return
 		}
 		b.buf = b.buf[:len(b.buf)+n]
+		if b.expect {
+			size, more, ok := l.takeHeader(c, c.l.terms.Load(), &b.peer, b.buf)
+			if !ok {
+				return
+			}
+			b.expect = more
+			b.buf = b.buf[:copy(b.buf, b.buf[size:])]
+		}
+		if b.expect || len(b.buf) == 0 {
+			if n < len(room) && c.flags[client]&flagHup == 0 {
+				return
+			}
+			continue
+		}
 		done, reason := b.scan.feed(b.buf, limit)
 		if reason != "" {
 			l.refuse(c, b.peer, nil, b.buf, reason, "")
@@ -167,7 +219,7 @@ func (l *loop) connect(c *conn, peer netip.AddrPort, data []byte, scan *helloSca
 			// On loopback it is connected by now; elsewhere this asks and is told
 			// to wait.
 			var n int
-			if n, e = rawSend(fd, data); e == 0 {
+			if n, e = l.sendHello(c, fd, peer, data, d); e == 0 {
 				c.fd[target] = fd
 				l.open(c, peer, data, n, d)
 				return
@@ -210,7 +262,7 @@ func (l *loop) await(c *conn, peer netip.AddrPort, data []byte, scan *helloScan,
 // answered is called when something has happened to a connection under way.
 func (l *loop) answered(c *conn, events uint32) {
 	b, gen := c.begun, c.gen
-	n, e := rawSend(c.fd[target], b.buf)
+	n, e := l.sendHello(c, c.fd[target], b.peer, b.buf, &b.dial)
 	switch e {
 	case 0:
 		l.open(c, b.peer, b.buf, n, &b.dial)
@@ -240,11 +292,30 @@ func (l *loop) parse(data []byte, scan *helloScan) (reason string) {
 	return l.hello.parse(scan.message(data, l.spare))
 }
 
-// open begins to move bytes. sent of data, the hello, are with the endpoint.
+// sendHello sends the hello, behind the PROXY header that the endpoint wants, which
+// is left in l.head.
+func (l *loop) sendHello(c *conn, fd int32, peer netip.AddrPort, data []byte, d *dial) (int, syscall.Errno) {
+	l.head = l.header[:0]
+	if d.tier.send == "" {
+		return rawSend(fd, data)
+	}
+	var dst netip.AddrPort
+	if c.note != nil {
+		dst = c.note.dst
+	}
+	if !dst.IsValid() {
+		dst = rawLocal(c.fd[client])
+	}
+	l.head = appendProxyHeader(l.head, d.tier.send, peer, dst)
+	return rawSend2(fd, l.head, data)
+}
+
+// open begins to move bytes. sent of l.head and of data, the hello, are with the
+// endpoint.
 func (l *loop) open(c *conn, peer netip.AddrPort, data []byte, sent int, d *dial) {
 	c.owner, c.ep = d.done()
 	c.count = c.owner.counter(l.worker, len(l.e.loops))
-	c.moved(client, sent)
+	c.moved(client, max(0, sent-len(l.head)))
 	c.phase = phaseOpen
 	c.active = l.clock
 	if l.f.log.IsTrace() {
@@ -256,10 +327,14 @@ func (l *loop) open(c *conn, peer netip.AddrPort, data []byte, sent int, d *dial
 			"cluster", c.owner.name, "endpoint", c.ep.key)
 	}
 	var out uint32
-	if sent < len(data) {
+	if sent < len(l.head)+len(data) {
 		h := l.newHeld()
-		h.buf = append(l.block(len(data)-sent), data[sent:]...)
-		h.data = h.buf
+		if sent >= len(l.head) {
+			h.buf = append(l.block(len(data)), data[sent-len(l.head):]...)
+			h.data = h.buf
+		} else {
+			h.data = slices.Concat(l.head[sent:], data)
+		}
 		c.held[client] = h
 		out = unix.EPOLLOUT
 	}
@@ -483,8 +558,11 @@ func (e *epoll) closeThese(hs []handle, why closeReason) (n int) {
 
 // peer asks the kernel for the client's address.
 func (l *loop) peer(c *conn) netip.AddrPort {
-	if c.begun != nil {
+	switch {
+	case c.begun != nil:
 		return c.begun.peer
+	case c.note != nil && c.note.src.IsValid():
+		return c.note.src
 	}
 	return rawPeer(c.fd[client])
 }

@@ -171,6 +171,9 @@ type conn struct {
 
 // note is what is kept of a connection only where something asks for it.
 type note struct {
+	// src and dst are those of a header of the PROXY protocol, else not valid.
+	src, dst netip.AddrPort
+
 	source *source // accounts the connection; nil where sources are not limited
 }
 
@@ -190,6 +193,8 @@ type begun struct {
 	buf  []byte // the hello so far; its capacity is a class of blocks
 	scan helloScan
 	dial dial
+	// expect says that a header of the PROXY protocol may come, and was not seen.
+	expect bool
 
 	// While the hello is waited for: the queue it is in, and its neighbours there.
 	hellos       *hellos
@@ -290,6 +295,8 @@ type loop struct {
 	events [256]unix.EpollEvent
 	buf    []byte
 	spare  []byte // to put a hello of several records together
+	header [maxProxyV1]byte
+	head   []byte // the PROXY header that was sent last with a hello, in header
 	hello  hello
 	dial   dial
 	sa     unix.RawSockaddrAny

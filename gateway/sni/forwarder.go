@@ -104,7 +104,7 @@ var closeNames = [closeReasons]string{
 var refuseReasons = [...]string{
 	gateway.RefuseHelloTimeout, gateway.RefuseHelloTooLarge, gateway.RefuseNotTLS, gateway.RefuseNoServerName,
 	gateway.RefuseBadServerName, gateway.RefuseNoRoute, gateway.RefuseNoEndpoint, gateway.RefuseConnect,
-	gateway.RefuseLimit, gateway.RefuseClientGone,
+	gateway.RefuseLimit, gateway.RefuseClientGone, gateway.RefuseProxyHeader,
 }
 
 // countRefusal counts a connection that reaches no endpoint.

@@ -1,6 +1,7 @@
 package sni
 
 import (
+	"fmt"
 	"hash/maphash"
 	"math"
 	"net/netip"
@@ -20,6 +21,9 @@ type terms struct {
 		rate rate
 	}
 	hellos int // clients whose hello is waited for, in each loop
+	// accept says whether connections begin with a header of the PROXY protocol.
+	accept  gateway.ProxyAccept
+	trusted []netip.Prefix
 }
 
 func (f *Forwarder) newTerms(spec *gateway.Listener) *terms {
@@ -30,6 +34,17 @@ func (f *Forwarder) newTerms(spec *gateway.Listener) *terms {
 		t.ofSource.rate = newRate(lim.ConnectionRatePerSource, lim.ConnectionBurstPerSource)
 		if lim.MaxPendingHellos > 0 {
 			t.hellos = lim.MaxPendingHellos
+		}
+	}
+	if pp := spec.ProxyProtocol; pp != nil {
+		t.accept = pp.Accept
+		for _, s := range pp.Trusted {
+			p, err := netip.ParsePrefix(s)
+			if err != nil {
+				f.fail(fmt.Errorf("listener %s: trusted network: %w", spec.Name, err))
+				continue
+			}
+			t.trusted = append(t.trusted, p.Masked())
 		}
 	}
 	return t

@@ -56,6 +56,11 @@ type netpollConn struct {
 	halves     atomic.Int32     // directions that have ended
 	why        atomic.Int32     // closeReason of the end; the first that is set counts
 	shed       atomic.Bool      // closed because others wait too
+	source     *source          // accounts the connection; nil where sources are not limited
+
+	// peer is the source, as the kernel or a PROXY header says; local the address it
+	// connected to. Guarded by the engine's mutex once serve has begun.
+	peer, local netip.AddrPort
 }
 
 // cause sets why the connection ends, unless something ended it before.
@@ -149,7 +154,7 @@ func (e *netpoll) describe(hs []handle) []gateway.Connection {
 			continue
 		}
 		x := gateway.Connection{
-			Listener: c.l.name(), Client: addrPort(c.client.RemoteAddr()).String(), Since: e.f.at(c.born),
+			Listener: c.l.name(), Client: c.peer.String(), Since: e.f.at(c.born),
 			BytesIn: c.bytes[client].Load(), BytesOut: c.bytes[target].Load(),
 		}
 		if c.owner != nil {
@@ -217,7 +222,9 @@ func (e *netpoll) accept(l *listener, ln *netpollListener) {
 			continue
 		}
 		pause = pauseMin
-		p := &netpollConn{l: l, client: c.(*net.TCPConn), born: e.f.now()}
+		p := &netpollConn{
+			l: l, client: c.(*net.TCPConn), born: e.f.now(), peer: addrPort(c.RemoteAddr()), local: addrPort(c.LocalAddr()),
+		}
 		e.mu.Lock()
 		e.conns[p] = struct{}{}
 		ended := e.ended
@@ -234,28 +241,23 @@ func (e *netpoll) serve(p *netpollConn) {
 	f := e.f
 	defer func() {
 		p.l.active.Add(-1)
+		if p.source != nil {
+			p.source.release()
+		}
 		e.mu.Lock()
 		delete(e.conns, p)
 		p.close()
 		e.mu.Unlock()
 	}()
-	peer := addrPort(p.client.RemoteAddr())
 	t := p.l.terms.Load()
-	limit := p.l.admit(t, p.born)
-	if limit == "" && t.bySource() {
-		var s *source
-		if s, limit = p.l.admitSource(t, peer.Addr(), p.born); s != nil {
-			defer s.release()
-		}
-	}
-	if limit != "" {
-		f.refuse(p.l, peer, nil, 0, gateway.RefuseLimit, limit)
+	if limit := p.l.admit(t, p.born); limit != "" {
+		f.refuse(p.l, p.peer, nil, 0, gateway.RefuseLimit, limit)
 		return
 	}
 	bp := e.bufs.Get().(*[]byte)
 	var h hello
 	done := e.wait(p, t.hellos)
-	n, reason, detail := e.readHello(p, bp, &h)
+	n, reason, detail := e.readHello(p, t, bp, &h)
 	done()
 	if p.shed.Load() && reason == gateway.RefuseClientGone {
 		reason, detail = gateway.RefuseLimit, "pending hellos of the listener"
@@ -265,13 +267,13 @@ func (e *netpoll) serve(p *netpollConn) {
 		if reason != gateway.RefuseNoServerName && reason != gateway.RefuseBadServerName {
 			hp = nil
 		}
-		f.refuse(p.l, peer, hp, n, reason, detail)
+		f.refuse(p.l, p.peer, hp, n, reason, detail)
 		e.bufs.Put(bp)
 		return
 	}
 	cl := f.routes.Load().lookup(h.name())
 	if cl == nil {
-		f.refuse(p.l, peer, &h, n, gateway.RefuseNoRoute, "")
+		f.refuse(p.l, p.peer, &h, n, gateway.RefuseNoRoute, "")
 		e.bufs.Put(bp)
 		return
 	}
@@ -288,7 +290,7 @@ func (e *netpoll) serve(p *netpollConn) {
 		default:
 			reason, detail = d.refusal()
 		}
-		f.refuse(p.l, peer, &h, n, reason, detail)
+		f.refuse(p.l, p.peer, &h, n, reason, detail)
 		e.bufs.Put(bp)
 		return
 	}
@@ -301,12 +303,16 @@ func (e *netpoll) serve(p *netpollConn) {
 		p.l.closed[p.why.Load()].Add(1)
 	}()
 	if f.log.IsTrace() {
-		f.log.Trace("connected", "listener", p.l.name(), "peer_addr", peer, "server_name", string(h.name()),
+		f.log.Trace("connected", "listener", p.l.name(), "peer_addr", p.peer, "server_name", string(h.name()),
 			"cluster", owner.name, "endpoint", ep.key)
 	}
 	p.count = owner.counter(0, 1)
 	p.lastActive.Store(f.now())
-	_, err := p.endpoint.Write((*bp)[:n])
+	data := (*bp)[:n]
+	if d.tier.send != "" {
+		data = append(appendProxyHeader(make([]byte, 0, maxProxyV1+n), d.tier.send, p.peer, p.local), data...)
+	}
+	_, err := p.endpoint.Write(data)
 	p.count.in.Add(uint64(n))
 	p.bytes[client].Add(uint64(n))
 	e.bufs.Put(bp)
@@ -319,6 +325,15 @@ func (e *netpoll) serve(p *netpollConn) {
 	wg.Go(func() { e.copy(p, p.client, p.endpoint, &p.count.out, &p.bytes[target]) })
 	e.copy(p, p.endpoint, p.client, &p.count.in, &p.bytes[client])
 	wg.Wait()
+}
+
+// admitSource accounts the connection to its source, or names the limit that the
+// source has reached.
+func (c *netpollConn) admitSource(t *terms) (limit string) {
+	if t.bySource() {
+		c.source, limit = c.l.admitSource(t, c.peer.Addr(), c.born)
+	}
+	return limit
 }
 
 // wait counts a connection whose hello is waited for, until done is called. When
@@ -349,20 +364,50 @@ func (e *netpoll) wait(p *netpollConn, most int) (done func()) {
 
 // readHello reads into *bp, which it may replace by a larger one, until the
 // ClientHello is complete.
-func (e *netpoll) readHello(p *netpollConn, bp *[]byte, h *hello) (n int, reason, detail string) {
+func (e *netpoll) readHello(p *netpollConn, t *terms, bp *[]byte, h *hello) (n int, reason, detail string) {
 	f := e.f
 	var scan helloScan
+	expect, reason, detail := t.expects(p.peer.Addr())
+	if reason != "" {
+		return 0, reason, detail
+	}
+	if !expect {
+		if limit := p.admitSource(t); limit != "" {
+			return 0, gateway.RefuseLimit, limit
+		}
+	}
 	p.client.SetReadDeadline(time.Now().Add(f.cfg.HelloTimeout))
 	for {
+		most := f.cfg.HelloBytes
+		if expect {
+			most = max(most, maxProxyHeader)
+		}
 		if n == len(*bp) {
 			// Twice as much, but only once the client has sent as much as fits.
-			b := make([]byte, min(2*len(*bp), f.cfg.HelloBytes))
+			b := make([]byte, min(2*len(*bp), most))
 			copy(b, *bp)
 			*bp = b
 		}
-		k, err := p.client.Read((*bp)[n:min(len(*bp), f.cfg.HelloBytes)])
+		k, err := p.client.Read((*bp)[n:min(len(*bp), most)])
 		n += k
-		if k > 0 {
+		if k > 0 && expect {
+			ph, more, reason, detail := t.header((*bp)[:n])
+			if reason != "" {
+				return 0, reason, detail
+			}
+			if expect = more; !more {
+				n = copy(*bp, (*bp)[ph.size:n])
+				if ph.src.IsValid() {
+					e.mu.Lock()
+					p.peer, p.local = ph.src, ph.dst
+					e.mu.Unlock()
+				}
+				if limit := p.admitSource(t); limit != "" {
+					return 0, gateway.RefuseLimit, limit
+				}
+			}
+		}
+		if k > 0 && !expect && n > 0 {
 			done, reason := scan.feed((*bp)[:n], f.cfg.HelloBytes)
 			if reason != "" {
 				return n, reason, ""

@@ -35,6 +35,21 @@ func rawSend(fd int32, b []byte) (int, syscall.Errno) {
 	}
 }
 
+// rawSend2 sends two pieces as one.
+func rawSend2(fd int32, a, b []byte) (int, syscall.Errno) {
+	iov := [2]unix.Iovec{{Base: unsafe.SliceData(a)}, {Base: unsafe.SliceData(b)}}
+	iov[0].SetLen(len(a))
+	iov[1].SetLen(len(b))
+	msg := unix.Msghdr{Iov: &iov[0]}
+	msg.SetIovlen(2)
+	for {
+		n, _, e := syscall.RawSyscall(unix.SYS_SENDMSG, uintptr(fd), uintptr(unsafe.Pointer(&msg)), unix.MSG_NOSIGNAL)
+		if e != unix.EINTR {
+			return int(n), e
+		}
+	}
+}
+
 func rawSplice(from, to int32, n int) (int, syscall.Errno) {
 	for {
 		k, _, e := syscall.RawSyscall6(unix.SYS_SPLICE, uintptr(from), 0, uintptr(to), 0, uintptr(n), unix.SPLICE_F_NONBLOCK|unix.SPLICE_F_MOVE)
@@ -196,6 +211,9 @@ func listenSocket(ap netip.AddrPort, share bool) (fd int32, bound netip.AddrPort
 
 // rawPeer is the address at the far end; not valid when there is none any more.
 func rawPeer(fd int32) netip.AddrPort { return rawName(unix.SYS_GETPEERNAME, fd) }
+
+// rawLocal is the address at this end.
+func rawLocal(fd int32) netip.AddrPort { return rawName(unix.SYS_GETSOCKNAME, fd) }
 
 func rawName(call uintptr, fd int32) netip.AddrPort {
 	var sa unix.RawSockaddrAny
