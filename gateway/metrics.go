@@ -49,7 +49,7 @@ const (
 var Metrics = []Metric{
 	{metricAccepted, counter, []string{"proxy", "listener"}, "connections accepted"},
 	{metricRefused, counter, []string{"proxy", "listener", "reason"}, "connections closed without reaching an endpoint"},
-	{metricClosed, counter, []string{"proxy", "listener", "reason"}, "connections that had reached an endpoint and have ended, as far as the data plane tells why"},
+	{metricClosed, counter, []string{"proxy", "listener", "reason"}, "connections that had reached an endpoint and have ended, by why"},
 	{metricListenerActive, gauge, []string{"proxy", "listener"}, "open connections"},
 	{metricListenerBound, gauge, []string{"proxy", "listener"}, "1 while the listener accepts, else 0"},
 	{metricConnected, counter, []string{"proxy", "cluster"}, "connections that reached an endpoint"},
