@@ -115,7 +115,8 @@ func checkProcess(ctx context.Context, p *process, certs *pki, dir string) (fail
 		fmt.Printf("  %-46s %6.0f ms  %s\n", c.name, float64(time.Since(began).Microseconds())/1e3, text)
 	}
 	// Whatever is pooled, no socket is.
-	began, after := time.Now(), 0
+	began := time.Now()
+	var after int
 	for {
 		if after = sockets(processTree(p.pid())); after <= before || time.Since(began) > 5*time.Second || ctx.Err() != nil {
 			break

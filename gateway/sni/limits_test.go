@@ -35,9 +35,8 @@ func TestRate(t *testing.T) {
 		{1e9, 1, 1, 10000}, // at most one each time it is asked
 	} {
 		r, full := newRate(tc.perSecond, tc.burst), &atomic.Int64{}
-		first := 0
 		if tc.perSecond < 1e9 {
-			first = taken(r, 0, time.Millisecond, full)
+			first := taken(r, 0, time.Millisecond, full)
 			if next := taken(r, time.Millisecond, 10*time.Second+time.Millisecond, full); next < tc.next-1 || next > tc.next+1 {
 				t.Errorf("%v a second, burst %d: %d in 10 s, want %d", tc.perSecond, tc.burst, next, tc.next)
 			}
@@ -53,7 +52,7 @@ func TestRate(t *testing.T) {
 	}
 	// What is hardly ever is not what is always.
 	r, full := newRate(1e-300, math.MaxInt), &atomic.Int64{}
-	if !r.take(full, 0) || !r.take(full, 0) || r.take(full, 0) {
+	if first, second, third := r.take(full, 0), r.take(full, 0), r.take(full, 0); !first || !second || third {
 		t.Errorf("%+v does not admit a burst alone", r)
 	}
 }

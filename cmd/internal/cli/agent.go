@@ -189,11 +189,11 @@ func drain(a *agent.Agent, signals <-chan os.Signal) bool {
 	drained := make(chan error, 1)
 	go func() { drained <- a.Drain(ctx) }()
 	select {
-	case <-drained: // the only error there is, is that of ctx
+	case <-drained: //nolint:errcheck // the only error there is, is that of ctx
 		return true
 	case <-signals:
 		done()
-		<-drained
+		<-drained //nolint:errcheck // the same
 		return false
 	}
 }
