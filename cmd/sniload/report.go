@@ -81,6 +81,9 @@ func render(i info, r *results, goBench []goResult) string {
 	}
 	if v, ok := r.strangers(); ok {
 		fmt.Fprintf(&b, "Processes that are no part of it had %.0f%% of the processors meanwhile.\n", 100*v)
+		if v > .15 {
+			b.WriteString("**That is much: throughput and latencies say little, and ratios are rough.**\n")
+		}
 	}
 	b.WriteString(`
 Client, forwarder and server share the machine, on loopback in a network namespace
