@@ -106,11 +106,13 @@ func (c *call) wait(minIndex uint64, check func() error, read reader) (index uin
 			return index, value, err
 		default:
 			// What was missing and is still missing has not changed, however often
-			// its neighbours do.
+			// its neighbours do. That it was missing before this server had got as far
+			// as the client has seen says nothing: a server that has just started has
+			// yet to read its log.
 			if err != nil && missing {
 				minIndex = max(minIndex, index)
 			}
-			missing = err != nil
+			missing = err != nil && index >= minIndex
 			if index > minIndex {
 				return index, value, err
 			}

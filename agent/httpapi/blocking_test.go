@@ -120,6 +120,37 @@ func TestWhatIsMissingDoesNotBusyLoop(t *testing.T) {
 	})
 }
 
+// TestBlockingOnAServerThatIsBehind asks a server that has not read its log yet
+// for what its client has seen: once it has, and what the client saw is gone, it
+// says so.
+func TestBlockingOnAServerThatIsBehind(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cluster := newFakeServer()
+		s := newServer(t, cluster, nil)
+		upsert := func(name string) state.Command {
+			return state.ConfigEntryCommand(state.ConfigEntryUpsert, &api.ServiceConfigEntry{Kind: api.ServiceDefaults, Name: name, Protocol: "http"}, 0)
+		}
+		cluster.must(t, upsert("other"))
+		const seen = 30
+		later(t, time.Second, func() {
+			for i := range 10 {
+				cluster.must(t, upsert("other-"+strconv.Itoa(i)))
+			}
+			cluster.must(t, upsert("web"))
+			for i := range 10 {
+				cluster.must(t, upsert("another-"+strconv.Itoa(i)))
+			}
+			del := &api.ServiceConfigEntry{Kind: api.ServiceDefaults, Name: "web"}
+			cluster.must(t, state.ConfigEntryCommand(state.ConfigEntryDelete, del, 0))
+		})
+		began := time.Now()
+		a := s.do(t, "GET", "/v1/config/service-defaults/web?stale&index="+strconv.Itoa(seen), "")
+		if took := time.Since(began); took > 2*time.Second || a.code != 404 {
+			t.Errorf("answer %d after %v, want 404 after a second", a.code, took)
+		}
+	})
+}
+
 func TestBlockingEndsWithTheClient(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(t, newFakeServer(), nil)
