@@ -169,7 +169,7 @@ func New(opts Options) (_ *Agent, err error) {
 		Version: opts.Version, Revision: opts.Revision, BuildDate: opts.BuildDate,
 		DebugConfig:      func() map[string]any { return debugConfig(a.runtime(), opts) },
 		DefaultQueryTime: rt.HTTP.DefaultQueryTime, MaxQueryTime: rt.HTTP.MaxQueryTime,
-		HoldTimeout: rt.Performance.RPCHold, WANFederationViaGateways: rt.Cluster.MeshGatewayWANFederation,
+		HoldTimeout: rt.Performance.RPCHold, NoConnect: !rt.Connect.Enabled, WANFederationViaGateways: rt.Cluster.MeshGatewayWANFederation,
 		Dev: rt.HTTP.Pretty, ResponseHeaders: rt.HTTP.ResponseHeaders, BlockEndpoints: rt.HTTP.BlockEndpoints,
 		AllowWriteFrom: rt.HTTP.AllowWriteFrom,
 		Metrics:        a.telemetry.display, Prometheus: a.telemetry.prometheus(),

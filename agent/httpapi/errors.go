@@ -44,6 +44,7 @@ const (
 	textNoUI         = "Consul Agent: UI disabled. To enable, set ui_config.enabled=true in the agent configuration and restart."
 	textBlocked      = "Endpoint is blocked by agent configuration"
 	textRestricted   = "Access is restricted"
+	textNoConnect    = "Connect must be enabled in order to use this endpoint"
 	textACLDisabled  = "ACL support disabled"
 	textUnknownID    = `Unknown service ID %q. Ensure that the service ID is passed, not the service name.`
 	textUnknownCheck = `Unknown check ID %q. Ensure that the check ID is passed, not the check name.`

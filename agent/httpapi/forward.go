@@ -101,6 +101,10 @@ func (c *call) attempt() (any, error) {
 	case err != nil:
 		return nil, err
 	case here:
+		// Only servers know whether the datacenter has a mesh.
+		if c.h.cfg.NoConnect && c.h.isServer() && c.route.ofMesh() {
+			return nil, status(http.StatusInternalServerError, textNoConnect)
+		}
 		return c.route.handler(c)
 	default:
 		return nil, c.passOn(target)

@@ -71,6 +71,8 @@ type Config struct {
 	DefaultQueryTime, MaxQueryTime time.Duration
 	// HoldTimeout is how long a request waits for a leader (0 is 7 s).
 	HoldTimeout time.Duration
+	// NoConnect says that the mesh is turned off; its endpoints then say so.
+	NoConnect bool
 	// WANFederationViaGateways forbids to join the WAN by hand.
 	WANFederationViaGateways bool
 

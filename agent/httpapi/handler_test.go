@@ -1,6 +1,7 @@
 package httpapi
 
 import (
+	"bytes"
 	"compress/gzip"
 	"encoding/json"
 	"errors"
@@ -13,6 +14,7 @@ import (
 	"testing"
 
 	"github.com/hashicorp/consul/api"
+	"github.com/hashicorp/go-hclog"
 
 	"github.com/sluicemesh/sluice/agent/catalog"
 	"github.com/sluicemesh/sluice/agent/state"
@@ -170,6 +172,42 @@ func TestRestrictionsConcernTheHTTPPortOnly(t *testing.T) {
 	roundTrip(t, rpcTo(t, s.Handler), "PUT", "/v1/agent/leave", "").want(t, 403, "/v1/agent/leave is not served to other agents")
 	if s.agent.left {
 		t.Error("another agent made this one leave")
+	}
+}
+
+func TestNoConnect(t *testing.T) {
+	s := newServer(t, newFakeServer(), func(c *Config) { c.NoConnect = true })
+	for _, path := range []string{
+		"/v1/connect/ca/roots", "/v1/connect/ca/configuration", "/v1/connect/intentions", "/v1/connect/intentions/check?source=a&destination=b",
+		"/v1/agent/connect/ca/roots", "/v1/agent/connect/ca/leaf/web",
+	} {
+		s.do(t, "GET", path, "").want(t, 500, "Connect must be enabled in order to use this endpoint")
+	}
+	s.do(t, "GET", "/v1/catalog/connect/web", "").want(t, 200, "[]")
+
+	// A client agent leaves it to the servers to know.
+	client := newServer(t, &fakeCluster{forward: func(Target) (http.RoundTripper, error) {
+		return rpcTo(t, newServer(t, newFakeServer(), nil)), nil
+	}}, func(c *Config) { c.NoConnect = true })
+	client.do(t, "GET", "/v1/connect/intentions", "").want(t, 200, "[]")
+}
+
+// TestFailuresAreLoggedOnce makes sure that what an agent asks, of itself or of
+// another, and reports itself is not reported here as well.
+func TestFailuresAreLoggedOnce(t *testing.T) {
+	var log bytes.Buffer
+	s := newServer(t, &fakeCluster{}, func(c *Config) {
+		c.Logger = hclog.New(&hclog.LoggerOptions{Output: &log, Level: hclog.Info})
+	})
+	const path = "/v1/connect/ca/roots"
+	roundTrip(t, s.Transport(), "GET", path, "").want(t, 500, "No known Consul servers")
+	roundTrip(t, rpcTo(t, s.Handler), "GET", path, "").want(t, 500, "No known Consul servers")
+	if log.Len() > 0 {
+		t.Errorf("an agent's own requests are logged:\n%s", &log)
+	}
+	s.do(t, "GET", path, "").want(t, 500, "No known Consul servers")
+	if !strings.Contains(log.String(), path) {
+		t.Error("a client's request is not logged")
 	}
 }
 

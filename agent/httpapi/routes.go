@@ -24,6 +24,11 @@ type route struct {
 	check func(*call) error
 }
 
+// ofMesh says whether the route is about the mesh's certificates or intentions.
+func (r *route) ofMesh() bool {
+	return strings.HasPrefix(r.pattern, "/v1/connect/") || strings.HasPrefix(r.pattern, "/v1/agent/connect/")
+}
+
 const (
 	get  = http.MethodGet
 	put  = http.MethodPut
