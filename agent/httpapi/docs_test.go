@@ -45,7 +45,8 @@ agent's own take ` + "`index`" + ` and ` + "`wait`" + ` to block, ` + "`stale`, 
 - The key/value store, sessions, prepared queries, events, peering and transactions are not offered: 404.
 - ` + "`near`" + ` moves what is on the node itself to the front; there are no network coordinates.
 - Checks of an operating system's service (OSService), DisableRedirects and OutputMaxSize are refused, 400.
-- Intentions have no IDs; use the exact endpoints.
+- Only intentions that were made by a POST have IDs; the exact endpoints are for all. The times at which those were made
+  and changed are not kept.
 - ` + "`/v1/agent/proxies`" + ` and ` + "`/v1/agent/proxy`" + ` are additions.
 `)
 	want := b.String()

@@ -171,12 +171,21 @@ func (c *call) changeIntentions(destination string, change func(e *api.ServiceIn
 		if len(e.Sources) == 0 {
 			done, err = c.apply(state.ConfigEntryCommand(state.ConfigEntryDeleteCAS, e, index))
 		} else {
-			done, err = c.writeEntry(state.ConfigEntryUpsertCAS, e, index)
+			done, err = c.writeIntentions(e, index)
 		}
 		if err != nil || done != false {
 			return done, err
 		}
 	}
+}
+
+// writeIntentions is writeEntry for an entry that may have legacy IDs.
+func (c *call) writeIntentions(e *api.ServiceIntentionsConfigEntry, index uint64) (any, error) {
+	configentry.Normalize(e)
+	if err := configentry.Validate(withoutLegacy(e)); err != nil {
+		return nil, err
+	}
+	return c.apply(state.ConfigEntryCommand(state.ConfigEntryUpsertCAS, e, index))
 }
 
 func (c *call) intentionPut() (any, error) {
