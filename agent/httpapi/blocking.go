@@ -63,6 +63,9 @@ func (c *call) setContact() {
 	header.Set("X-Consul-KnownLeader", strconv.FormatBool(h.cluster.Leader() != ""))
 	header.Set("X-Consul-LastContact", strconv.FormatInt(lastContact.Milliseconds(), 10))
 	header.Set("X-Consul-Query-Backend", "blocking-query")
+	if c.opts.cached && c.route.scope == scopeRead {
+		header.Set("X-Cache", "MISS") // it has been read just now
+	}
 	if c.route.consistency {
 		level := "leader"
 		switch {

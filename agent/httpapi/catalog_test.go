@@ -484,3 +484,20 @@ func TestOperator(t *testing.T) {
 		t.Errorf("peers = %v, %v", peers, err)
 	}
 }
+
+// TestCachedReads makes sure that what may come from a cache says that it has not.
+func TestCachedReads(t *testing.T) {
+	s := seeded(t)
+	_, meta, err := s.api.Health().Service("web", "", false, &api.QueryOptions{UseCache: true})
+	if err != nil || meta.CacheHit {
+		t.Errorf("health: %+v, %v", meta, err)
+	}
+	for path, want := range map[string]string{
+		"/v1/health/service/web?cached": "MISS", "/v1/catalog/service/web?cached": "MISS", "/v1/catalog/services?cached": "MISS",
+		"/v1/catalog/services": "",
+	} {
+		if got := s.do(t, "GET", path, "").header.Get("X-Cache"); got != want {
+			t.Errorf("%s: X-Cache %q, want %q", path, got, want)
+		}
+	}
+}

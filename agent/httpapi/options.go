@@ -19,6 +19,8 @@ type options struct {
 	hash       string
 	stale      bool
 	consistent bool
+	// cached says that an answer may come from a cache, of which there is none.
+	cached bool
 	// maxStale bounds the time since the leader's last contact of a stale read;
 	// 0 is no bound.
 	maxStale time.Duration
@@ -61,7 +63,8 @@ func parseOptions(r *http.Request, q url.Values, cfg Config) (options, error) {
 	o.wait = min(o.wait, cfg.MaxQueryTime)
 
 	o.stale, o.consistent = q.Has("stale"), q.Has("consistent")
-	leader, cached := q.Has("leader"), q.Has("cached")
+	leader := q.Has("leader")
+	o.cached = q.Has("cached")
 	if v := q.Get("max_stale"); v != "" {
 		if o.maxStale, err = time.ParseDuration(v); err != nil || o.maxStale < 0 {
 			return o, bad("Invalid max_stale value %q", v)
@@ -71,7 +74,7 @@ func parseOptions(r *http.Request, q url.Values, cfg Config) (options, error) {
 	if o.stale && o.consistent {
 		return o, bad("Cannot specify ?stale with ?consistent, conflicting semantics.")
 	}
-	if cached && o.consistent {
+	if o.cached && o.consistent {
 		return o, bad("Cannot specify ?cached with ?consistent, conflicting semantics.")
 	}
 	if leader {
