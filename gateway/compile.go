@@ -173,11 +173,7 @@ func endpoints(instances []*catalog.Instance, dc string, wan, onlyPassing bool) 
 		if !healthy {
 			e.Why = why
 		}
-		if l := inst.Service.Locality; l != nil {
-			e.Zone = zone(l)
-		} else {
-			e.Zone = zone(inst.Node.Locality)
-		}
+		e.Zone = zoneOf(inst.Service, inst.Node)
 		out = append(out, e)
 	}
 	slices.SortFunc(out, func(a, b Endpoint) int {
@@ -190,6 +186,14 @@ func endpoints(instances []*catalog.Instance, dc string, wan, onlyPassing bool) 
 		)
 	})
 	return out
+}
+
+// zoneOf is the locality of a service, which is its node's unless it has its own.
+func zoneOf(s *catalog.Service, n *catalog.Node) string {
+	if s.Locality != nil || n == nil {
+		return zone(s.Locality)
+	}
+	return zone(n.Locality)
 }
 
 func zone(l *api.Locality) string {

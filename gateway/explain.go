@@ -96,12 +96,13 @@ func Explain(t *Table, name string) Explanation {
 			continue
 		}
 		healthy := 0
-		best := -1
+		best, near := -1, 0
 		for _, e := range c.Endpoints {
 			if e.Healthy {
 				healthy++
-				if best < 0 || e.Priority < best {
-					best = e.Priority
+				d := Distance(t.Zone, e.Zone)
+				if best < 0 || e.Priority < best || e.Priority == best && d < near {
+					best, near = e.Priority, d
 				}
 			}
 		}
@@ -118,6 +119,8 @@ func Explain(t *Table, name string) Explanation {
 				cand.Reason = "an earlier cluster has a healthy endpoint"
 			case e.Priority > best:
 				cand.Reason = fmt.Sprintf("there is a healthy endpoint of priority %d", best)
+			case Distance(t.Zone, e.Zone) > near:
+				cand.Reason = "there is a healthy endpoint nearer to zone " + t.Zone
 			default:
 				cand.Chosen = true
 			}

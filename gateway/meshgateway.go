@@ -71,6 +71,7 @@ func (c *Compiler) meshGateway(t *Table, s *proxycfg.Snapshot) {
 		trustDomain:    s.TrustDomain,
 		connectTimeout: conf.milliseconds(DefaultConnectTimeout, "connect_timeout_ms"),
 	}
+	t.Zone = zoneOf(reg, s.Proxy.Node)
 	limits, done := conf.section("service_limits")
 	env.maxConnections = cmp.Or(limits.count("max_connections"), maxConnections(s.Gateway.Defaults))
 	env.connectionRate, env.connectionBurst = limits.perSecond("connection_rate"), limits.count("connection_burst")

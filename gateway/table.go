@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"encoding/json"
+	"strings"
 	"time"
 
 	"github.com/sluicemesh/sluice/acl"
@@ -20,6 +21,10 @@ type Table struct {
 	Service     string // the name the proxy is registered under
 	Datacenter  string
 	TrustDomain string `json:",omitempty"`
+	// Zone is the locality of the proxy ("region/zone"), "" where unknown. Of
+	// endpoints of one priority those of the same zone are used first, then those of
+	// the same region, then the others.
+	Zone string `json:",omitempty"`
 	// Index is the highest catalog index the table was made from.
 	Index uint64
 	// AsOf is when everything in the table was last known to be current.
@@ -220,6 +225,19 @@ type Endpoint struct {
 	ServiceID string `json:",omitempty"`
 	Why       string `json:",omitempty"`
 	Origin    Origin
+}
+
+// Distance is how far an endpoint in zone is from a proxy in own: 0 in the same
+// zone, 1 in the same region, else 2. Where own is not known all are as near.
+func Distance(own, zone string) int {
+	if own == "" || own == zone {
+		return 0
+	}
+	region, _, _ := strings.Cut(own, "/")
+	if r, _, _ := strings.Cut(zone, "/"); r == region && r != "" {
+		return 1
+	}
+	return 2
 }
 
 // Identity is the certificate that a sidecar presents and the roots it trusts.

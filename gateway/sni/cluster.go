@@ -1,6 +1,7 @@
 package sni
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
 	"math/rand/v2"
@@ -96,8 +97,9 @@ type plan struct {
 type tier struct {
 	owner     *cluster
 	members   []member
-	total     uint32   // sum of the weights
-	round     []uint32 // the members' turns in a round of round robin; nil is one each
+	group     []*endpoint // all of the cluster with this priority, however near
+	total     uint32      // sum of the weights
+	round     []uint32    // the members' turns in a round of round robin; nil is one each
 	policy    gateway.Policy
 	timeout   time.Duration // of one attempt to connect
 	keepalive gateway.Keepalive
@@ -382,14 +384,14 @@ func (d *dial) refusal() (reason, detail string) {
 }
 
 // eject passes an endpoint over for a time, after enough failures in a row, if
-// another of its cluster is left.
+// another of its cluster and priority is left.
 func (f *Forwarder) eject(t *tier, ep *endpoint, now int64) {
 	if int(ep.failures.Add(1)) < f.cfg.EjectAfter || ep.ejectedUntil.Load() > now {
 		return
 	}
 	last := true
-	for i := range t.members {
-		if o := t.members[i].ep; o != ep && o.ejectedUntil.Load() <= now {
+	for _, o := range t.group {
+		if o != ep && o.ejectedUntil.Load() <= now {
 			last = false
 			break
 		}
@@ -411,11 +413,13 @@ func (f *Forwarder) eject(t *tier, ep *endpoint, now int64) {
 // goroutine.
 type registry struct {
 	clusters map[string]*cluster
+	zone     string // of the table in use
 	dns      *resolver
 }
 
 // prepared is a table's clusters, compiled and not yet in use.
 type prepared struct {
+	zone     string
 	clusters map[string]*cluster
 	plans    map[*cluster]*plan
 	specs    map[*cluster]*gateway.Cluster
@@ -425,6 +429,7 @@ type prepared struct {
 // apart from names that the resolver begins to look up.
 func (r *registry) prepare(t *gateway.Table) *prepared {
 	p := &prepared{
+		zone:     t.Zone,
 		clusters: make(map[string]*cluster, len(t.Clusters)),
 		plans:    map[*cluster]*plan{},
 		specs:    map[*cluster]*gateway.Cluster{},
@@ -437,7 +442,7 @@ func (r *registry) prepare(t *gateway.Table) *prepared {
 			c = &cluster{name: spec.Name, endpoints: map[string]*endpoint{}}
 		}
 		p.clusters[spec.Name] = c
-		if c.spec == nil || !sameCluster(c.spec, spec) {
+		if c.spec == nil || t.Zone != r.zone || !sameCluster(c.spec, spec) {
 			changed[spec.Name] = true
 		}
 		p.specs[c] = spec
@@ -477,7 +482,7 @@ func (r *registry) commit(p *prepared) {
 	for c, spec := range p.specs {
 		c.spec = spec
 	}
-	r.clusters = p.clusters
+	r.clusters, r.zone = p.clusters, p.zone
 	used := map[string]bool{}
 	for _, c := range r.clusters {
 		if pl := c.plan.Load(); pl != nil && len(pl.endpoints) < len(c.endpoints) {
@@ -517,29 +522,39 @@ func (r *registry) compile(c *cluster, spec *gateway.Cluster, p *prepared) *plan
 	}
 	for _, unknown := range [2]bool{false, true} {
 		for _, s := range chain {
-			pl.tiers = append(pl.tiers, r.tiers(p.clusters[s.Name], s, unknown)...)
+			pl.tiers = append(pl.tiers, r.tiers(p.clusters[s.Name], s, p.zone, unknown)...)
 		}
 	}
 	return pl
 }
 
+// rank is the order in which endpoints are used: by priority, then by distance.
+type rank struct{ priority, distance int }
+
 // tiers groups the endpoints of a cluster that are healthy (or of unknown
-// health) by priority.
-func (r *registry) tiers(c *cluster, spec *gateway.Cluster, unknown bool) []tier {
-	groups := map[int][]member{}
+// health) by rank.
+func (r *registry) tiers(c *cluster, spec *gateway.Cluster, zone string, unknown bool) []tier {
+	groups := map[rank][]member{}
+	peers := map[int][]*endpoint{}
 	for i := range spec.Endpoints {
 		e := &spec.Endpoints[i]
 		if e.Network == "unix" || e.Healthy == unknown || unknown && e.Why != "" {
 			continue
 		}
-		groups[e.Priority] = append(groups[e.Priority], member{
-			ep:     r.endpoint(c, e),
+		k := rank{e.Priority, gateway.Distance(zone, e.Zone)}
+		ep := r.endpoint(c, e)
+		groups[k] = append(groups[k], member{
+			ep:     ep,
 			weight: uint32(min(max(e.Weight, 1), maxWeight)),
 		})
+		peers[e.Priority] = append(peers[e.Priority], ep)
 	}
 	var out []tier
-	for _, prio := range slices.Sorted(maps.Keys(groups)) {
-		t := tier{owner: c, members: groups[prio], policy: spec.Policy,
+	ranks := slices.SortedFunc(maps.Keys(groups), func(a, b rank) int {
+		return cmp.Or(cmp.Compare(a.priority, b.priority), cmp.Compare(a.distance, b.distance))
+	})
+	for _, k := range ranks {
+		t := tier{owner: c, members: groups[k], group: peers[k.priority], policy: spec.Policy,
 			timeout: spec.ConnectTimeout, limit: int64(spec.MaxConnections), send: spec.SendProxy}
 		if t.timeout <= 0 {
 			t.timeout = defaultConnectTimeout
@@ -604,6 +619,6 @@ func sameCluster(a, b *gateway.Cluster) bool {
 	}
 	return slices.EqualFunc(a.Endpoints, b.Endpoints, func(x, y gateway.Endpoint) bool {
 		return x.Network == y.Network && x.Address == y.Address && x.Port == y.Port && x.Healthy == y.Healthy &&
-			x.Weight == y.Weight && x.Priority == y.Priority && (x.Why == "") == (y.Why == "")
+			x.Weight == y.Weight && x.Priority == y.Priority && x.Zone == y.Zone && (x.Why == "") == (y.Why == "")
 	})
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -156,6 +157,74 @@ func TestOrderOfTrying(t *testing.T) {
 	d.failed(0, errors.New("no"))
 	if d.next(int64(c.cfg.ConnectDeadline)) {
 		t.Error("another attempt after the deadline")
+	}
+}
+
+func TestNearestFirst(t *testing.T) {
+	at := func(port, prio, weight int, zone string) gateway.Endpoint {
+		return gateway.Endpoint{Address: "10.0.0.1", Port: port, Healthy: true, Weight: weight, Priority: prio, Zone: zone}
+	}
+	far := gateway.Cluster{Name: "far", Endpoints: []gateway.Endpoint{at(9, 0, 1, "eu/a")}}
+	web := gateway.Cluster{Name: "web", Failover: []string{"far"}, Endpoints: []gateway.Endpoint{
+		at(1, 0, 100, "us/a"), at(2, 0, 100, ""), at(3, 0, 100, "eu/b"), at(4, 0, 1, "eu/a"), at(5, 0, 3, "eu/a"), at(6, 1, 1, "eu/a"),
+	}}
+	sick := at(7, 0, 1, "eu/a")
+	sick.Healthy, sick.Why = false, "critical"
+	web.Endpoints = append(web.Endpoints, sick)
+	c := newChooser(t, Config{ConnectAttempts: 8, EjectAfter: 2, EjectBase: time.Hour, EjectMax: time.Hour})
+	use := func(zone string, clusters ...gateway.Cluster) {
+		c.reg.commit(c.reg.prepare(&gateway.Table{Zone: zone, Clusters: clusters}))
+	}
+	use("eu/a", web, far)
+	got := c.all("web")
+	slices.Sort(got[:2])
+	slices.Sort(got[3:5])
+	port := func(ports ...int) (out []string) {
+		for _, p := range ports {
+			out = append(out, fmt.Sprintf("10.0.0.1:%d", p))
+		}
+		return out
+	}
+	if d := cmp.Diff(port(4, 5, 3, 1, 2, 6, 9), got); d != "" {
+		t.Errorf("order (-want +got):\n%s", d)
+	}
+	// By weight among the near ones.
+	n := map[string]int{}
+	for range 400 {
+		d := c.begin("web")
+		d.next(0)
+		n[d.ep.key]++
+		d.done()
+	}
+	if n["10.0.0.1:4"]+n["10.0.0.1:5"] != 400 || n["10.0.0.1:5"] < 280 || n["10.0.0.1:5"] > 320 {
+		t.Errorf("connections: %v", n)
+	}
+	// The only near one is passed over when it fails, as there are others.
+	use("eu/a", gateway.Cluster{Name: "one", Endpoints: []gateway.Endpoint{at(8, 0, 1, "eu/a"), at(9, 0, 1, "us/a")}})
+	for range 2 {
+		d := c.begin("one")
+		d.next(0)
+		d.failed(0, errors.New("no"))
+	}
+	if d := c.begin("one"); !d.next(0) || d.ep.key != "10.0.0.1:9" {
+		t.Errorf("after failures %s is tried first", d.ep.key)
+	}
+	// Elsewhere, or nowhere that is known.
+	c = newChooser(t, Config{ConnectAttempts: 8})
+	use("us/b", web)
+	if got := c.all("web"); got[0] != "10.0.0.1:1" {
+		t.Errorf("from us/b: %v", got)
+	}
+	use("", web)
+	seen := map[string]bool{}
+	for range 200 {
+		d := c.begin("web")
+		d.next(0)
+		seen[d.ep.key] = true
+		d.abandon()
+	}
+	if !seen["10.0.0.1:1"] || !seen["10.0.0.1:3"] {
+		t.Errorf("from nowhere: %v", seen)
 	}
 }
 

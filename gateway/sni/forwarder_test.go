@@ -321,6 +321,35 @@ func TestNextEndpointAfterRefusal(t *testing.T) {
 	})
 }
 
+func TestSpillOver(t *testing.T) {
+	hello := helloFor(t, "web.example")
+	onEngines(t, func(t *testing.T, engine string) {
+		near, far := greeter(t, hello, "N", nil), greeter(t, hello, "F", nil)
+		tab := table(nil, "web.example", "web")
+		tab.Zone = "eu/a"
+		with := func(addrs ...string) *gateway.Table {
+			web := clusterOf("web", addrs...)
+			web.Endpoints[0].Zone, web.Endpoints[1].Zone = "eu/a", "us/b"
+			web.Endpoints[1].Weight = 100
+			next := *tab
+			next.Clusters = []gateway.Cluster{web}
+			return &next
+		}
+		f := start(t, Config{Engine: engine}, with(near.addr, far.addr))
+		for range 10 {
+			expectTag(t, f.dial(hello), "N")
+		}
+		f.apply(with(closedPort(t), far.addr))
+		for range 10 {
+			expectTag(t, f.dial(hello), "F")
+		}
+		next := with(near.addr, far.addr)
+		next.Clusters[0].Endpoints[0].Healthy, next.Clusters[0].Endpoints[0].Why = false, "critical"
+		f.apply(next)
+		expectTag(t, f.dial(hello), "F")
+	})
+}
+
 // blackhole is an address whose SYNs are not answered: a full backlog.
 func blackhole(t testing.TB) string {
 	t.Helper()

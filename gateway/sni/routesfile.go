@@ -33,8 +33,8 @@ const maxFileErrors = 20
 // with the same endpoints share a cluster, which is named after them. The error
 // tells every faulty line by its number, up to a bound.
 func ParseRoutes(r io.Reader) (*Routes, error) {
-	data, err := io.ReadAll(r)
-	if err != nil {
+	var data strings.Builder // once in memory, and the names are parts of it
+	if _, err := io.Copy(&data, r); err != nil {
 		return nil, fmt.Errorf("read routes: %w", err)
 	}
 	type line struct{ name, target string }
@@ -42,7 +42,7 @@ func ParseRoutes(r io.Reader) (*Routes, error) {
 		lines []line
 		errs  []error
 		seen  = map[string]gateway.Endpoint{}
-		rest  = string(data)
+		rest  = data.String()
 	)
 	lines = make([]line, 0, strings.Count(rest, "\n")+1)
 	for no := 1; rest != ""; no++ {
