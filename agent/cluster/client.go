@@ -211,6 +211,16 @@ func (c *Client) ForceLeave(node string, prune, wan bool) error {
 	return lan.forceLeave(node, prune)
 }
 
+// RemovePeer returns an error wrapping [state.ErrNotLeader].
+func (c *Client) RemovePeer(context.Context, string, string) error {
+	return fmt.Errorf("remove raft peer on a client agent: %w", state.ErrNotLeader)
+}
+
+// TransferLeadership returns an error wrapping [state.ErrNotLeader].
+func (c *Client) TransferLeadership(context.Context, string) error {
+	return fmt.Errorf("transfer leadership on a client agent: %w", state.ErrNotLeader)
+}
+
 // SignLeaf returns an error wrapping [state.ErrNotLeader].
 func (c *Client) SignLeaf(context.Context, string) (*connect.Leaf, error) {
 	return nil, fmt.Errorf("sign leaf on a client agent: %w", state.ErrNotLeader)

@@ -459,6 +459,55 @@ func TestDeadServersLoseTheirVote(t *testing.T) {
 	})
 }
 
+func TestRaftByRequest(t *testing.T) {
+	bubble(t, func(t *testing.T, l *lab) {
+		servers := l.three("dc1", "10.1.0")
+		lead := leaderOf(t, servers...)
+		next := servers[0]
+		if next == lead {
+			next = servers[1]
+		}
+		if err := next.server.TransferLeadership(t.Context(), ""); !errors.Is(err, state.ErrNotLeader) {
+			t.Errorf("transfer by a follower: %v", err)
+		}
+		if err := next.server.RemovePeer(t.Context(), next.server.NodeID(), ""); !errors.Is(err, state.ErrNotLeader) {
+			t.Errorf("removal by a follower: %v", err)
+		}
+		if err := lead.server.TransferLeadership(t.Context(), "nobody"); err == nil || errors.Is(err, state.ErrNotLeader) {
+			t.Errorf("transfer to nobody: %v", err)
+		}
+		if err := lead.server.TransferLeadership(t.Context(), next.server.NodeID()); err != nil {
+			t.Fatalf("transfer: %v", err)
+		}
+		if got := leaderOf(t, servers...); got != next {
+			t.Fatalf("%s leads, want %s", got.name, next.name)
+		}
+		if err := next.server.TransferLeadership(t.Context(), ""); err != nil {
+			t.Fatalf("transfer to anybody: %v", err)
+		}
+		after := leaderOf(t, servers...)
+		if after == next {
+			t.Fatal("it still leads")
+		}
+
+		for _, ghost := range []struct{ id, address string }{{"ghost", ""}, {"", "10.1.0.9:8300"}} {
+			if err := after.server.up.Load().raft.AddNonvoter("ghost", "10.1.0.9:8300", 0, 0).Error(); err != nil {
+				t.Fatal(err)
+			}
+			if err := after.server.RemovePeer(t.Context(), ghost.id, ghost.address); err != nil {
+				t.Errorf("remove %+v: %v", ghost, err)
+			}
+			if got := len(peers(after.server.up.Load().raft)); got != 3 {
+				t.Errorf("%d peers after removing %+v", got, ghost)
+			}
+		}
+		err := after.server.RemovePeer(t.Context(), "", "10.1.0.9:8300")
+		if want := `address "10.1.0.9:8300" was not found in the Raft configuration`; err == nil || err.Error() != want {
+			t.Errorf("remove what is gone: %v, want %s", err, want)
+		}
+	})
+}
+
 func TestQuorumWithout(t *testing.T) {
 	servers := []raft.Server{{ID: "a"}, {ID: "b"}, {ID: "c"}, {ID: "d"}, {ID: "reader", Suffrage: raft.Nonvoter}}
 	for _, tc := range []struct {

@@ -563,6 +563,58 @@ func (s *Server) ForceLeave(node string, prune, wan bool) error {
 	return up.wan.forceLeave(node, prune)
 }
 
+// RemovePeer removes a server from raft's configuration by its ID or, where that
+// is "", by its RPC address; one that is alive is added again. It blocks until
+// that is committed. Only the leader does, others return an error wrapping
+// [state.ErrNotLeader].
+func (s *Server) RemovePeer(_ context.Context, id, address string) error {
+	up := s.up.Load()
+	if up == nil || !s.IsLeader() {
+		return fmt.Errorf("remove raft peer: %w", state.ErrNotLeader)
+	}
+	by, key := "id", id
+	if id == "" {
+		by, key = "address", address
+	}
+	for _, p := range peers(up.raft) {
+		if id != "" && p.ID != raft.ServerID(id) || id == "" && p.Address != raft.ServerAddress(address) {
+			continue
+		}
+		s.log.Warn("removing raft peer by request", "id", p.ID, "address", p.Address)
+		if err := up.raft.RemoveServer(p.ID, 0, 0).Error(); err != nil {
+			return fmt.Errorf("remove raft peer: %w", raftError(err))
+		}
+		return nil
+	}
+	return fmt.Errorf("%s %q was not found in the Raft configuration", by, key)
+}
+
+// TransferLeadership has another server lead: the voter with that ID or, where
+// it is "", the one that is furthest. It blocks until that has happened, or for
+// about an election's time. Only the leader does, others return an error wrapping
+// [state.ErrNotLeader].
+func (s *Server) TransferLeadership(_ context.Context, id string) error {
+	up := s.up.Load()
+	if up == nil || !s.IsLeader() {
+		return fmt.Errorf("transfer leadership: %w", state.ErrNotLeader)
+	}
+	transfer := up.raft.LeadershipTransfer
+	if id != "" {
+		have := peers(up.raft)
+		at := slices.IndexFunc(have, func(p raft.Server) bool { return p.ID == raft.ServerID(id) && p.Suffrage == raft.Voter })
+		if at < 0 {
+			return fmt.Errorf("transfer leadership: id %q was not found among the Raft voters", id)
+		}
+		p := have[at]
+		transfer = func() raft.Future { return up.raft.LeadershipTransferToServer(p.ID, p.Address) }
+	}
+	s.log.Info("transferring leadership by request", "to", id)
+	if err := transfer().Error(); err != nil {
+		return fmt.Errorf("transfer leadership: %w", raftError(err))
+	}
+	return nil
+}
+
 // SignLeaf signs a leaf certificate request (PEM). Only the leader does, others
 // return an error wrapping [state.ErrNotLeader].
 func (s *Server) SignLeaf(ctx context.Context, csrPEM string) (*connect.Leaf, error) {

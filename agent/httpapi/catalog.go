@@ -363,3 +363,26 @@ func (c *call) operatorRaft() (any, error) {
 	}
 	return map[string]any{"Servers": servers, "Index": 0}, nil
 }
+
+// checkPeer refuses a removal that does not say of which server.
+func (c *call) checkPeer() error {
+	id, address := c.query.Get("id"), c.query.Get("address")
+	switch {
+	case id == "" && address == "":
+		return bad("Must specify either ?id with the server's ID or ?address with IP:port of peer to remove")
+	case id != "" && address != "":
+		return bad("Must specify only one of ?id or ?address")
+	}
+	return nil
+}
+
+func (c *call) operatorRemovePeer() (any, error) {
+	return nil, c.h.cluster.RemovePeer(c.ctx(), c.query.Get("id"), c.query.Get("address"))
+}
+
+func (c *call) operatorTransfer() (any, error) {
+	if err := c.h.cluster.TransferLeadership(c.ctx(), c.query.Get("id")); err != nil {
+		return nil, err
+	}
+	return map[string]bool{"Success": true}, nil
+}

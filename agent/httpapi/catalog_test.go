@@ -3,6 +3,7 @@ package httpapi
 import (
 	"encoding/json"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -499,5 +500,28 @@ func TestCachedReads(t *testing.T) {
 		if got := s.do(t, "GET", path, "").header.Get("X-Cache"); got != want {
 			t.Errorf("%s: X-Cache %q, want %q", path, got, want)
 		}
+	}
+}
+
+func TestRaftOperations(t *testing.T) {
+	cluster := newFakeServer()
+	s := newServer(t, cluster, nil)
+	op := s.api.Operator()
+	const path = "/v1/operator/raft/peer"
+	s.do(t, "DELETE", path, "").want(t, 400, "Must specify either ?id with the server's ID or ?address with IP:port of peer to remove")
+	s.do(t, "DELETE", path+"?id=a&address=b", "").want(t, 400, "Must specify only one of ?id or ?address")
+	s.do(t, "DELETE", path+"?id=a", "").want(t, 500, `id "a" was not found in the Raft configuration`)
+	if err := op.RaftRemovePeerByID("old", nil); err != nil {
+		t.Error(err)
+	}
+	if err := op.RaftRemovePeerByAddress("10.0.0.9:8300", nil); err != nil {
+		t.Error(err)
+	}
+	if want := []string{"old", "10.0.0.9:8300"}; !slices.Equal(cluster.left, want) {
+		t.Errorf("removed %q, want %q", cluster.left, want)
+	}
+	got, err := op.RaftLeaderTransfer("uuid-2", nil)
+	if err != nil || !got.Success || cluster.Leader() != "uuid-2" {
+		t.Errorf("transfer = %+v, %v; leader %q", got, err, cluster.Leader())
 	}
 }

@@ -47,6 +47,12 @@ type Cluster interface {
 	Join(addrs []string, wan bool) (int, error)
 	// ForceLeave turns a failed member into one that left; prune forgets it.
 	ForceLeave(node string, prune, wan bool) error
+	// RemovePeer removes a server from raft's configuration by its ID or, where that
+	// is "", by its RPC address. A server that is alive is added again. Leader only.
+	RemovePeer(ctx context.Context, id, address string) error
+	// TransferLeadership has the server with that ID lead, or, where that is "", any
+	// other one. It blocks until that has happened. Leader only.
+	TransferLeadership(ctx context.Context, id string) error
 
 	// SignLeaf signs a leaf certificate request (PEM). Leader only.
 	SignLeaf(ctx context.Context, csrPEM string) (*connect.Leaf, error)

@@ -138,6 +138,19 @@ func (f *fakeCluster) ForceLeave(node string, prune, wan bool) error {
 	return nil
 }
 
+func (f *fakeCluster) RemovePeer(_ context.Context, id, address string) error {
+	if id != "old" && address != "10.0.0.9:8300" {
+		return fmt.Errorf("id %q was not found in the Raft configuration", id)
+	}
+	f.left = append(f.left, id+address)
+	return nil
+}
+
+func (f *fakeCluster) TransferLeadership(_ context.Context, id string) error {
+	f.setLeader(false, id)
+	return nil
+}
+
 func (f *fakeCluster) SignLeaf(_ context.Context, csr string) (*connect.Leaf, error) {
 	return &connect.Leaf{SerialNumber: "01", CertPEM: "cert for " + csr, PrivateKeyPEM: "never"}, nil
 }

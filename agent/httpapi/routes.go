@@ -129,6 +129,8 @@ var routeTable = []route{
 	{method: get, pattern: "/v1/status/leader", scope: scopeServer, handler: (*call).statusLeader, doc: "RPC address of the leader, `\"\"` when there is none"},
 	{method: get, pattern: "/v1/status/peers", scope: scopeServer, handler: (*call).statusPeers, doc: "RPC addresses of the voters"},
 	{method: get, pattern: "/v1/operator/raft/configuration", scope: scopeServer, handler: (*call).operatorRaft, doc: "the raft voters"},
+	{method: del, pattern: "/v1/operator/raft/peer", scope: scopeWrite, handler: (*call).operatorRemovePeer, doc: "remove a server from raft; `id` or `address`", check: (*call).checkPeer},
+	{method: post, pattern: "/v1/operator/raft/transfer-leader", scope: scopeWrite, handler: (*call).operatorTransfer, doc: "have another server lead; `id`"},
 
 	{method: get, pattern: "/v1/acl/:rest", scope: scopeAgent, handler: (*call).aclDisabled, doc: "401 as long as ACLs are off"},
 	{method: put, pattern: "/v1/acl/:rest", scope: scopeAgent, handler: (*call).aclDisabled, doc: "401 as long as ACLs are off"},
