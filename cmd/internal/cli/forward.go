@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"strings"
 	"syscall"
 
@@ -109,6 +110,7 @@ func (f *forwarding) run(c *call) error {
 	for _, l := range fw.Status().Listeners {
 		fmt.Fprintf(c.out, "Forwarding on %s (%s)\n", l.Address, counted(table))
 	}
+	release(&table)
 	for {
 		select {
 		case err := <-ended:
@@ -128,6 +130,7 @@ func (f *forwarding) run(c *call) error {
 			}
 			fw.Apply(next)
 			fmt.Fprintf(c.out, "Reloaded (%s)\n", counted(next))
+			release(&next)
 		}
 	}
 }
@@ -184,6 +187,14 @@ func unbound(st gateway.Status) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// release lets go of a table that the forwarder has taken in. A large file leaves
+// more behind from being read than the routes need, and a forwarder allocates so
+// little that the system would not get it back for long.
+func release(t **gateway.Table) {
+	*t = nil
+	debug.FreeOSMemory()
 }
 
 func counted(t *gateway.Table) string {
