@@ -211,8 +211,10 @@ func (w *worker) runDrain(j *drainJob) {
 		switch {
 		case err == nil:
 			return
-		case errors.Is(err, ErrStopped): // a data plane that has ended is replaced in a moment
-			w.replaced.wait(j.ctx)
+		case errors.Is(err, ErrStopped):
+			// A data plane that has ended is replaced in a moment, and one that was made
+			// begins to run in a moment.
+			w.replaced.waitFor(j.ctx, 100*time.Millisecond)
 		default:
 			w.logger.Error("drain failed, trying again", "error", err)
 			sleep(j.ctx, w.r.conf.RetryMin)

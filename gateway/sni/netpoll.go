@@ -94,6 +94,7 @@ func (e *netpoll) listen(l *listener) (string, error) {
 		network = "tcp4"
 	}
 	lc := net.ListenConfig{KeepAliveConfig: e.keepalive(gateway.Keepalive{})}
+	lc.SetMultipathTCP(false) // it cannot be held off, see hold
 	ln, err := lc.Listen(e.ctx, network, addr.String())
 	if err != nil {
 		return "", err
