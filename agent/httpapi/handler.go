@@ -92,7 +92,8 @@ type Config struct {
 	// Prometheus serves the metrics in Prometheus' format; nil where disabled.
 	Prometheus http.Handler
 
-	// Logger is for what an answer cannot say; nil is none.
+	// Logger is for what an answer cannot say; nil is none. One that is an
+	// [hclog.InterceptLogger] is what /v1/agent/monitor streams.
 	Logger hclog.Logger
 }
 

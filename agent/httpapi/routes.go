@@ -44,6 +44,7 @@ var routeTable = []route{
 	{method: get, pattern: "/v1/agent/host", scope: scopeAgent, handler: (*call).agentHost, doc: "the machine this agent runs on"},
 	{method: get, pattern: "/v1/agent/members", scope: scopeAgent, handler: (*call).agentMembers, doc: "gossip members; `wan`, `filter`"},
 	{method: get, pattern: "/v1/agent/metrics", scope: scopeAgent, handler: (*call).agentMetrics, doc: "metrics of the last interval; `format=prometheus`"},
+	{method: get, pattern: "/v1/agent/monitor", scope: scopeAgent, handler: (*call).agentMonitor, doc: "stream of this agent's log; `loglevel`, `logjson`"},
 	{method: put, pattern: "/v1/agent/reload", scope: scopeAgent, handler: (*call).agentReload, doc: "read the configuration again"},
 	{method: put, pattern: "/v1/agent/join/:address", scope: scopeAgent, handler: (*call).agentJoin, doc: "join a gossip pool; `wan`"},
 	{method: put, pattern: "/v1/agent/leave", scope: scopeAgent, handler: (*call).agentLeave, doc: "leave the cluster and stop"},
