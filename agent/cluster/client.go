@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/serf/coordinate"
 	"github.com/hashicorp/serf/serf"
 	"golang.org/x/sync/errgroup"
 
@@ -186,6 +187,15 @@ func (c *Client) LANMembers() []serf.Member {
 
 // WANMembers returns nil.
 func (c *Client) WANMembers() []serf.Member { return nil }
+
+// Coordinate returns where a member of the LAN pool is in the network, by what
+// its answers to this agent's probes told; nil where there were none yet.
+func (c *Client) Coordinate(member string) *coordinate.Coordinate {
+	if lan := c.lan.Load(); lan != nil {
+		return lan.coordinate(member)
+	}
+	return nil
+}
 
 // Join joins the LAN pool; see [Server.Join].
 func (c *Client) Join(addrs []string, wan bool) (int, error) {

@@ -668,6 +668,20 @@ func TestReconnect(t *testing.T) {
 	}
 }
 
+func TestCoordinates(t *testing.T) {
+	bubble(t, func(t *testing.T, l *lab) {
+		a := l.startServer("a", "10.1.0.1", "dc1", bootstrap)
+		c := l.startClient("client", "10.1.0.100", "dc1", func(c *Config) { c.RetryJoin = []string{"10.1.0.1"} }).member.(*Client)
+		until(t, "coordinates", func() bool { return a.server.Coordinate("client") != nil && c.Coordinate("a") != nil })
+		if a.server.Coordinate("a") == nil || c.Coordinate("client") == nil {
+			t.Error("an agent does not know where it is itself")
+		}
+		if got := c.Coordinate("nobody"); got != nil {
+			t.Errorf("coordinate of nobody: %v", got)
+		}
+	})
+}
+
 func TestFederation(t *testing.T) {
 	bubble(t, func(t *testing.T, l *lab) {
 		one := l.three("dc1", "10.1.0")

@@ -14,6 +14,7 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/memberlist"
+	"github.com/hashicorp/serf/coordinate"
 	"github.com/hashicorp/serf/serf"
 )
 
@@ -173,6 +174,22 @@ func (p *pool) dispatch(onEvent func(serf.MemberEvent)) {
 func (p *pool) close() {
 	_ = p.Shutdown() // the transport's failure to close is logged by memberlist
 	<-p.done
+}
+
+// coordinate returns where a member is; nil where that is not known.
+func (p *pool) coordinate(member string) *coordinate.Coordinate {
+	if member == p.LocalMember().Name {
+		c, err := p.GetCoordinate()
+		if err != nil {
+			return nil // coordinates are turned off
+		}
+		return c
+	}
+	c, ok := p.GetCachedCoordinate(member)
+	if !ok {
+		return nil
+	}
+	return c
 }
 
 // port returns the port that the pool gossips on.

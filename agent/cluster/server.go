@@ -15,6 +15,7 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/raft"
+	"github.com/hashicorp/serf/coordinate"
 	"github.com/hashicorp/serf/serf"
 	"golang.org/x/sync/errgroup"
 
@@ -528,6 +529,15 @@ func (s *Server) LANMembers() []serf.Member {
 func (s *Server) WANMembers() []serf.Member {
 	if up := s.up.Load(); up != nil {
 		return up.wan.Members()
+	}
+	return nil
+}
+
+// Coordinate returns where a member of the LAN pool is in the network, by what
+// its answers to this agent's probes told; nil where there were none yet.
+func (s *Server) Coordinate(member string) *coordinate.Coordinate {
+	if up := s.up.Load(); up != nil {
+		return up.lan.coordinate(member)
 	}
 	return nil
 }

@@ -40,7 +40,7 @@ func (c *call) agentSelf() (any, error) {
 			"BuildDate":         h.buildDate(),
 		},
 		"DebugConfig": debug,
-		"Coord":       nil, // no network coordinates are kept
+		"Coord":       h.cluster.Coordinate(h.cfg.NodeName),
 		"Member":      member,
 		"Stats":       stats,
 		"Meta":        meta,

@@ -2,9 +2,11 @@ package httpapi
 
 import (
 	"cmp"
+	"math"
 	"net/http"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/hashicorp/consul/api"
 	"github.com/hashicorp/go-memdb"
@@ -48,10 +50,12 @@ func (c *call) matches(inst *catalog.Instance) bool {
 	return c.matchesNode(inst.Node)
 }
 
-// nearest moves what is on the node asked for to the front.
+// nearest sorts by the estimated round-trip time from the node asked for: what is
+// on the node itself first, and last, in the order it had, what is on nodes whose
+// place in the network is not known.
 //
-// COMPAT: Consul sorts by estimated round-trip time. Sluice keeps no network
-// coordinates, so all other nodes are as far.
+// COMPAT: Consul's servers keep the coordinates of all nodes. Sluice's leader
+// knows the place of nodes that have answered its own probes.
 func nearest[T any](c *call, list []T, node func(T) string) []T {
 	near := c.opts.near
 	if near == nearAgent {
@@ -60,19 +64,30 @@ func nearest[T any](c *call, list []T, node func(T) string) []T {
 	if near == "" {
 		return list
 	}
+	from := c.h.cluster.Coordinate(near)
+	distances := map[string]time.Duration{}
+	for _, e := range list {
+		n := node(e)
+		if _, ok := distances[n]; ok {
+			continue
+		}
+		d := unknownDistance
+		if strings.EqualFold(n, near) {
+			d = -1
+		} else if from != nil {
+			if to := c.h.cluster.Coordinate(n); to != nil && from.IsCompatibleWith(to) {
+				d = from.DistanceTo(to)
+			}
+		}
+		distances[n] = d
+	}
 	out := slices.Clone(list)
-	slices.SortStableFunc(out, func(a, b T) int {
-		return cmp.Compare(btoi(!strings.EqualFold(node(a), near)), btoi(!strings.EqualFold(node(b), near)))
-	})
+	slices.SortStableFunc(out, func(a, b T) int { return cmp.Compare(distances[node(a)], distances[node(b)]) })
 	return out
 }
 
-func btoi(b bool) int {
-	if b {
-		return 1
-	}
-	return 0
-}
+// unknownDistance is further than anything.
+const unknownDistance = time.Duration(math.MaxInt64)
 
 func (c *call) catalogNodes() (any, error) {
 	return c.blocking(func(ws memdb.WatchSet) (uint64, any, error) {

@@ -525,3 +525,32 @@ func TestRaftOperations(t *testing.T) {
 		t.Errorf("transfer = %+v, %v; leader %q", got, err, cluster.Leader())
 	}
 }
+
+func TestNearSortsByCoordinates(t *testing.T) {
+	cluster := newFakeServer()
+	s := newServer(t, cluster, nil)
+	for _, n := range []string{"n1", "n2", "n3", "a-stranger"} {
+		cluster.must(t, state.RegisterCommand(&api.CatalogRegistration{Node: n, Address: "10.0.0.1"}))
+	}
+	for near, want := range map[string]string{
+		"n1": "n1 n3 n2 a-stranger", "n2": "n2 n3 n1 a-stranger", "_agent": "n1 n3 n2 a-stranger",
+		// From an unknown place all others are as far.
+		"a-stranger": "a-stranger n1 n2 n3", "": "a-stranger n1 n2 n3",
+	} {
+		nodes, _, err := s.api.Catalog().Nodes(&api.QueryOptions{Near: near})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got []string
+		for _, n := range nodes {
+			got = append(got, n.Node)
+		}
+		if got := strings.Join(got, " "); got != want {
+			t.Errorf("near %q: %s, want %s", near, got, want)
+		}
+	}
+	self, err := s.api.Agent().Self()
+	if err != nil || len(self["Coord"]) != 4 || self["Coord"]["Vec"] == nil {
+		t.Errorf("Coord = %v, %v", self["Coord"], err)
+	}
+}

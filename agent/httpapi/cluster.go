@@ -5,6 +5,7 @@ import (
 	"net/http"
 	"time"
 
+	"github.com/hashicorp/serf/coordinate"
 	"github.com/hashicorp/serf/serf"
 
 	"github.com/sluicemesh/sluice/agent/connect"
@@ -43,6 +44,9 @@ type Cluster interface {
 	Datacenters() []string
 	LANMembers() []serf.Member
 	WANMembers() []serf.Member // nil on a client agent
+	// Coordinate returns where a member of the LAN pool is in the network, as far as
+	// this agent knows; nil where it does not.
+	Coordinate(member string) *coordinate.Coordinate
 	// Join joins the LAN or WAN pool and returns how many addresses answered.
 	Join(addrs []string, wan bool) (int, error)
 	// ForceLeave turns a failed member into one that left; prune forgets it.

@@ -43,7 +43,8 @@ agent's own take ` + "`index`" + ` and ` + "`wait`" + ` to block, ` + "`stale`, 
 ## Differences from Consul
 
 - The key/value store, sessions, prepared queries, events, peering and transactions are not offered: 404.
-- ` + "`near`" + ` moves what is on the node itself to the front; there are no network coordinates.
+- ` + "`near`" + ` sorts by the round-trip times that the answering server's own gossip has measured; nodes that have not
+  answered it yet come last. ` + "`/v1/coordinate`" + ` is not offered.
 - Checks of an operating system's service (OSService), DisableRedirects and OutputMaxSize are refused, 400.
 - Only intentions that were made by a POST have IDs; the exact endpoints are for all. The times at which those were made
   and changed are not kept.

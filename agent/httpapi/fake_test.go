@@ -15,6 +15,7 @@ import (
 	"github.com/hashicorp/consul/api"
 	"github.com/hashicorp/go-memdb"
 	"github.com/hashicorp/raft"
+	"github.com/hashicorp/serf/coordinate"
 	"github.com/hashicorp/serf/serf"
 
 	"github.com/sluicemesh/sluice/acl"
@@ -136,6 +137,17 @@ func (f *fakeCluster) Join(addrs []string, wan bool) (int, error) {
 func (f *fakeCluster) ForceLeave(node string, prune, wan bool) error {
 	f.left = append(f.left, fmt.Sprint(node, prune, wan))
 	return nil
+}
+
+// Coordinate puts n1, n2 and n3 on a line, n2 furthest from n1.
+func (f *fakeCluster) Coordinate(member string) *coordinate.Coordinate {
+	at, ok := map[string]float64{"n1": 0, "n2": 0.3, "n3": 0.1}[member]
+	if !ok {
+		return nil
+	}
+	c := coordinate.NewCoordinate(coordinate.DefaultConfig())
+	c.Vec[0] = at
+	return c
 }
 
 func (f *fakeCluster) RemovePeer(_ context.Context, id, address string) error {
