@@ -32,6 +32,11 @@ type Config struct {
 	// Logger; nil logs nothing. At trace level there is a line per connection.
 	Logger hclog.Logger
 
+	// AccessLog, where it is set, is told of connections at their end. It is written
+	// to from a goroutine of its own: what it cannot keep up with is left out, and
+	// how much that was is logged.
+	AccessLog *gateway.AccessLog
+
 	// HelloTimeout is the time from accepting to the last byte of the
 	// ClientHello; default 5 s.
 	HelloTimeout time.Duration

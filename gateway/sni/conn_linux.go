@@ -38,6 +38,10 @@ func (l *loop) begin(s *sock, fd int32) {
 	c.l, c.phase, c.born = ln, phaseHello, l.clock
 	c.fd = [2]int32{fd, -1}
 	peer := getSockaddr(&l.sa)
+	if l.f.lines.sampled() {
+		n := l.note(c)
+		n.logged, n.peer = true, peer
+	}
 	t := ln.terms.Load()
 	if limit := ln.admit(t, l.now); limit != "" {
 		l.refuse(c, peer, nil, nil, gateway.RefuseLimit, limit)
@@ -318,10 +322,13 @@ func (l *loop) open(c *conn, peer netip.AddrPort, data []byte, sent int, d *dial
 	c.moved(client, max(0, sent-len(l.head)))
 	c.phase = phaseOpen
 	c.active = l.clock
-	if l.f.log.IsTrace() {
+	if logged := c.note != nil && c.note.logged; logged || l.f.log.IsTrace() {
 		var scan helloScan
 		if scan.feed(data, maxHelloBytes+1); scan.need > 0 && scan.msg == scan.need {
 			l.parse(data, &scan)
+		}
+		if logged {
+			c.note.name = string(l.hello.name())
 		}
 		l.f.log.Trace("connected", "listener", c.l.name(), "peer_addr", peer, "server_name", string(l.hello.name()),
 			"cluster", c.owner.name, "endpoint", c.ep.key)
@@ -429,6 +436,9 @@ func (l *loop) end(c *conn, reset bool, why closeReason) {
 	if c.owner != nil {
 		closed(c.owner, c.ep)
 		c.l.closed[why].Add(1)
+		if c.note != nil && c.note.logged {
+			l.f.lines.add(l.connection(c), closeNames[why])
+		}
 	}
 	if c.begun != nil {
 		l.dropBegun(c)
@@ -460,6 +470,12 @@ func (l *loop) end(c *conn, reset bool, why closeReason) {
 // refuse closes a connection that reaches no endpoint.
 func (l *loop) refuse(c *conn, peer netip.AddrPort, h *hello, data []byte, reason, detail string) {
 	l.f.refuse(c.l, peer, h, len(data), reason, detail)
+	if c.note != nil && c.note.logged {
+		if h != nil {
+			c.note.name = string(h.name())
+		}
+		l.f.lines.add(l.connection(c), reason)
+	}
 	l.end(c, false, closeDone)
 }
 
@@ -538,12 +554,7 @@ func (e *epoll) each(hs []handle, fn func(i int, l *loop, c *conn)) {
 func (e *epoll) describe(hs []handle) []gateway.Connection {
 	out := make([]gateway.Connection, len(hs))
 	e.each(hs, func(i int, l *loop, c *conn) {
-		x := &out[i]
-		x.Listener, x.Client, x.Since = c.l.name(), l.peer(c).String(), l.f.at(c.since())
-		x.BytesIn, x.BytesOut = c.bytes[client], c.bytes[target]
-		if c.owner != nil {
-			x.Cluster, x.Endpoint = c.owner.name, c.ep.key
-		}
+		out[i] = l.connection(c)
 	})
 	return slices.DeleteFunc(out, func(x gateway.Connection) bool { return x.Listener == "" && x.Since.IsZero() })
 }
@@ -556,13 +567,30 @@ func (e *epoll) closeThese(hs []handle, why closeReason) (n int) {
 	return n
 }
 
-// peer asks the kernel for the client's address.
+// connection tells of a connection.
+func (l *loop) connection(c *conn) gateway.Connection {
+	x := gateway.Connection{
+		Listener: c.l.name(), Client: l.peer(c).String(), Since: l.f.at(c.since()),
+		BytesIn: c.bytes[client], BytesOut: c.bytes[target],
+	}
+	if c.owner != nil {
+		x.Cluster, x.Endpoint = c.owner.name, c.ep.key
+	}
+	if c.note != nil {
+		x.ServerName = c.note.name
+	}
+	return x
+}
+
+// peer is the client's address; the kernel is asked for it where it is not kept.
 func (l *loop) peer(c *conn) netip.AddrPort {
 	switch {
 	case c.begun != nil:
 		return c.begun.peer
 	case c.note != nil && c.note.src.IsValid():
 		return c.note.src
+	case c.note != nil && c.note.logged:
+		return c.note.peer
 	}
 	return rawPeer(c.fd[client])
 }

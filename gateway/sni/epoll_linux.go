@@ -174,6 +174,11 @@ type note struct {
 	// src and dst are those of a header of the PROXY protocol, else not valid.
 	src, dst netip.AddrPort
 
+	// logged says that the end is to be told; what follows is set only then.
+	logged bool
+	peer   netip.AddrPort // as the kernel says
+	name   string
+
 	source *source // accounts the connection; nil where sources are not limited
 }
 

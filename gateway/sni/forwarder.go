@@ -23,6 +23,7 @@ import (
 type Forwarder struct {
 	cfg   Config
 	log   hclog.Logger
+	lines *accessLog
 	epoch time.Time // of the forwarder's clock
 
 	pending atomic.Pointer[gateway.Table]
@@ -168,6 +169,7 @@ func New(cfg Config) *Forwarder {
 		calls: make(chan func(*control)), ended: make(chan struct{}),
 	}
 	f.log = f.cfg.Logger.Named("sni")
+	f.lines = newAccessLog(f.cfg.AccessLog)
 	f.view.Store(&view{})
 	ch := make(chan struct{})
 	f.changed.Store(&ch)
@@ -230,9 +232,11 @@ func (f *Forwarder) Run(ctx context.Context) error {
 		},
 		listeners: map[string]*listener{},
 	}
+	f.lines.start()
 	c.run(ctx)
 	close(f.ended)
 	eng.stop()
+	f.lines.stop()
 	c.reg.dns.stop()
 	for _, l := range c.listeners {
 		l.state.Store(&bindState{address: l.address, err: "stopped"})

@@ -61,6 +61,7 @@ type netpollConn struct {
 	// peer is the source, as the kernel or a PROXY header says; local the address it
 	// connected to. Guarded by the engine's mutex once serve has begun.
 	peer, local netip.AddrPort
+	name        string // kept where the end is to be told
 }
 
 // cause sets why the connection ends, unless something ended it before.
@@ -154,16 +155,22 @@ func (e *netpoll) describe(hs []handle) []gateway.Connection {
 		if _, ok := e.conns[c]; !ok {
 			continue
 		}
-		x := gateway.Connection{
-			Listener: c.l.name(), Client: c.peer.String(), Since: e.f.at(c.born),
-			BytesIn: c.bytes[client].Load(), BytesOut: c.bytes[target].Load(),
-		}
-		if c.owner != nil {
-			x.Cluster, x.Endpoint = c.owner.name, c.ep.key
-		}
-		out = append(out, x)
+		out = append(out, c.connection(e.f))
 	}
 	return out
+}
+
+// connection tells of the connection. The engine's mutex must be held, or serve
+// be over.
+func (c *netpollConn) connection(f *Forwarder) gateway.Connection {
+	x := gateway.Connection{
+		Listener: c.l.name(), Client: c.peer.String(), ServerName: c.name, Since: f.at(c.born),
+		BytesIn: c.bytes[client].Load(), BytesOut: c.bytes[target].Load(),
+	}
+	if c.owner != nil {
+		x.Cluster, x.Endpoint = c.owner.name, c.ep.key
+	}
+	return x
 }
 
 func (e *netpoll) closeThese(hs []handle, why closeReason) (n int) {
@@ -240,6 +247,17 @@ func (e *netpoll) accept(l *listener, ln *netpollListener) {
 
 func (e *netpoll) serve(p *netpollConn) {
 	f := e.f
+	logged := f.lines.sampled()
+	refuse := func(h *hello, n int, reason, detail string) {
+		f.refuse(p.l, p.peer, h, n, reason, detail)
+		if logged {
+			x := p.connection(f)
+			if h != nil {
+				x.ServerName = string(h.name())
+			}
+			f.lines.add(x, reason)
+		}
+	}
 	defer func() {
 		p.l.active.Add(-1)
 		if p.source != nil {
@@ -252,7 +270,7 @@ func (e *netpoll) serve(p *netpollConn) {
 	}()
 	t := p.l.terms.Load()
 	if limit := p.l.admit(t, p.born); limit != "" {
-		f.refuse(p.l, p.peer, nil, 0, gateway.RefuseLimit, limit)
+		refuse(nil, 0, gateway.RefuseLimit, limit)
 		return
 	}
 	bp := e.bufs.Get().(*[]byte)
@@ -268,13 +286,13 @@ func (e *netpoll) serve(p *netpollConn) {
 		if reason != gateway.RefuseNoServerName && reason != gateway.RefuseBadServerName {
 			hp = nil
 		}
-		f.refuse(p.l, p.peer, hp, n, reason, detail)
+		refuse(hp, n, reason, detail)
 		e.bufs.Put(bp)
 		return
 	}
 	cl := f.routes.Load().lookup(h.name())
 	if cl == nil {
-		f.refuse(p.l, p.peer, &h, n, gateway.RefuseNoRoute, "")
+		refuse(&h, n, gateway.RefuseNoRoute, "")
 		e.bufs.Put(bp)
 		return
 	}
@@ -291,17 +309,24 @@ func (e *netpoll) serve(p *netpollConn) {
 		default:
 			reason, detail = d.refusal()
 		}
-		f.refuse(p.l, p.peer, &h, n, reason, detail)
+		refuse(&h, n, reason, detail)
 		e.bufs.Put(bp)
 		return
 	}
 	owner, ep := d.done()
 	e.mu.Lock()
 	p.owner, p.ep = owner, ep
+	if logged {
+		p.name = string(h.name())
+	}
 	e.mu.Unlock()
 	defer func() {
 		closed(owner, ep)
-		p.l.closed[p.why.Load()].Add(1)
+		why := closeReason(p.why.Load())
+		p.l.closed[why].Add(1)
+		if logged {
+			f.lines.add(p.connection(f), closeNames[why])
+		}
 	}()
 	if f.log.IsTrace() {
 		f.log.Trace("connected", "listener", p.l.name(), "peer_addr", p.peer, "server_name", string(h.name()),
