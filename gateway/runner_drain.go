@@ -172,10 +172,8 @@ func (w *worker) drains(ctx context.Context) {
 		if j == nil {
 			continue
 		}
-		stop := context.AfterFunc(ctx, j.cancel)
 		w.logger.Info("drain begins", "wait", j.plan.Wait, "timeout", j.plan.Timeout, "rate", j.plan.Rate)
-		w.runDrain(j)
-		stop()
+		w.runDrain(ctx, j)
 		if ctx.Err() != nil {
 			return // it goes down drained, and says so in the catalog
 		}
@@ -189,10 +187,16 @@ func (w *worker) drains(ctx context.Context) {
 }
 
 // runDrain drains the data plane, and each that takes its place, until the job is
-// taken back.
-func (w *worker) runDrain(j *drainJob) {
+// taken back or ctx ends.
+func (w *worker) runDrain(ctx context.Context, j *drainJob) {
+	// The end of ctx ends the data plane, and that its drain, which must not be taken
+	// back first: it would accept for its last moment.
+	drainCtx := j.ctx
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(drainCtx, cancel)()
 	for until := j.began.Add(j.plan.Wait); time.Now().Before(until); {
-		if !sleep(j.ctx, min(time.Second, time.Until(until))) {
+		if !sleep(ctx, min(time.Second, time.Until(until))) {
 			return
 		}
 		p := *j.progress.Load()
@@ -200,11 +204,11 @@ func (w *worker) runDrain(j *drainJob) {
 		p.ETA = j.plan.until(time.Now(), until.Add(j.plan.Timeout), p.Open)
 		j.tell(p)
 	}
-	for j.ctx.Err() == nil {
+	for ctx.Err() == nil {
 		d, ok := w.plane.Load().plane.(Drainer)
 		err := ErrStopped
 		if ok {
-			err = d.Drain(j.ctx, j.plan, j.tell)
+			err = d.Drain(drainCtx, j.plan, j.tell)
 		} else { // none runs, or another was chosen that cannot
 			j.tell(Progress{Phase: DrainDrained, Open: w.openConnections(), ETA: time.Now()})
 		}
@@ -214,10 +218,10 @@ func (w *worker) runDrain(j *drainJob) {
 		case errors.Is(err, ErrStopped):
 			// A data plane that has ended is replaced in a moment, and one that was made
 			// begins to run in a moment.
-			w.replaced.waitFor(j.ctx, 100*time.Millisecond)
+			w.replaced.waitFor(ctx, 100*time.Millisecond)
 		default:
 			w.logger.Error("drain failed, trying again", "error", err)
-			sleep(j.ctx, w.r.conf.RetryMin)
+			sleep(ctx, w.r.conf.RetryMin)
 		}
 	}
 }

@@ -18,6 +18,8 @@ type drainPlane struct {
 	begun chan gateway.Plan
 	tell  chan gateway.Progress
 	ended chan struct{}
+	// back is whether a drain was taken back.
+	back bool
 }
 
 func (p *drainPlane) Run(ctx context.Context) error {
@@ -34,6 +36,7 @@ func (p *drainPlane) Drain(ctx context.Context, plan gateway.Plan, progress func
 		case <-p.ended:
 			return gateway.ErrStopped
 		case <-ctx.Done():
+			p.back = true
 			return nil
 		}
 	}
@@ -49,7 +52,7 @@ func drainBench(t *testing.T) (b *bench, plane func(i int) *drainPlane) {
 	b = newBench(t, "", newFeed())
 	var planes []*drainPlane
 	b.wrap = func(p *fakePlane) gateway.DataPlane {
-		d := &drainPlane{p, make(chan gateway.Plan, 1), make(chan gateway.Progress), make(chan struct{})}
+		d := &drainPlane{p, make(chan gateway.Plan, 1), make(chan gateway.Progress), make(chan struct{}), false}
 		planes = append(planes, d)
 		return d
 	}
@@ -115,7 +118,12 @@ func TestRunnerDrain(t *testing.T) {
 			t.Errorf("taken back twice: %v", err)
 		}
 
-		// And again.
+		if !plane(1).back {
+			t.Error("the data plane does not accept again")
+		}
+		plane(1).back = false
+
+		// And again, until everything ends: then it must not accept any more.
 		if err := b.runner.Drain("gw1", gateway.Plan{}, announce); err != nil {
 			t.Fatal(err)
 		}
@@ -123,6 +131,9 @@ func TestRunnerDrain(t *testing.T) {
 		b.stop()
 		if diff := cmp.Diff([]bool{true, false, true}, said); diff != "" {
 			t.Errorf("announced at the end (-want +got):\n%s", diff)
+		}
+		if plane(1).back {
+			t.Error("the data plane accepts again before it ends")
 		}
 	})
 }
