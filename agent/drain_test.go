@@ -25,6 +25,7 @@ func TestDrain(t *testing.T) {
 		gw := second(t, n, dc, ip)
 		used(t, gw, m.call)
 		drainUnderLoad(t, m, n, gw)
+		keepsMaintenance(t, gw)
 		if err := gw.Client.Agent().Leave(); err != nil {
 			t.Fatal(err)
 		}
@@ -149,4 +150,30 @@ func drainUnderLoad(t *testing.T, m *mesh, server, gw *agenttest.Node) {
 		}
 		return nil
 	})
+}
+
+// keepsMaintenance drains a gateway that somebody has put into maintenance: the
+// drain, and its end, leave that alone.
+func keepsMaintenance(t *testing.T, gw *agenttest.Node) {
+	t.Helper()
+	const id, path, reason = "mesh-gateway", "/v1/agent/proxy/mesh-gateway/drain", "somebody's own"
+	if err := gw.Client.Agent().EnableServiceMaintenance(id, reason); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := gw.Raw().Write(path, map[string]any{"Wait": "0s", "Timeout": "0s"}, nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := gw.Raw().Delete(path, nil); err != nil {
+		t.Fatal(err)
+	}
+	checks, err := gw.Client.Agent().Checks()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c := checks[api.ServiceMaintPrefix+id]; c == nil || c.Notes != reason {
+		t.Errorf("maintenance after the drain: %+v", c)
+	}
+	if err := gw.Client.Agent().DisableServiceMaintenance(id); err != nil {
+		t.Fatal(err)
+	}
 }
