@@ -27,6 +27,7 @@ type meshEnv struct {
 	// sendProxy goes to gateways of other datacenters, and sendProxyLocal to the
 	// instances of services here.
 	sendProxy, sendProxyLocal ProxyVersion
+	congestion                string // of TCP inside the datacenter
 }
 
 // limit sets the bounds that are the same for every cluster.
@@ -78,7 +79,13 @@ func (c *Compiler) meshGateway(t *Table, s *proxycfg.Snapshot) {
 	done()
 	var accept *ProxyProtocol
 	accept, env.sendProxy, env.sendProxyLocal = proxyProtocol(conf)
-	gatewayListeners(t, reg, conf, Listener{ProxyProtocol: accept, Origin: own})
+	env.congestion = conf.string("congestion_control")
+	gatewayListeners(t, reg, conf, Listener{
+		ProxyProtocol:     accept,
+		IdleTimeout:       conf.milliseconds(0, "idle_timeout_ms"),
+		CongestionControl: env.congestion,
+		Origin:            own,
+	})
 	var keepalive *Keepalive
 	if conf.bool("envoy_gateway_remote_tcp_enable_keepalive") {
 		keepalive = &Keepalive{
@@ -181,9 +188,10 @@ func servers(t *Table, s *proxycfg.Snapshot, env meshEnv, keepalive *Keepalive) 
 		}, name, "*."+name)
 	}
 	all := Cluster{
-		Name:           strings.ToLower(connect.ServerSNI("", t.Datacenter, domain)),
-		ConnectTimeout: env.connectTimeout,
-		Origin:         Origin{Object: "service/consul", Datacenter: t.Datacenter, Index: newest(s.Gateway.Servers)},
+		Name:              strings.ToLower(connect.ServerSNI("", t.Datacenter, domain)),
+		ConnectTimeout:    env.connectTimeout,
+		CongestionControl: env.congestion,
+		Origin:            Origin{Object: "service/consul", Datacenter: t.Datacenter, Index: newest(s.Gateway.Servers)},
 	}
 	all.Endpoints = endpoints(s.Gateway.Servers, t.Datacenter, false, false)
 	seen := make(map[string]bool)
@@ -259,6 +267,9 @@ func gatewayListeners(t *Table, reg *catalog.Service, conf *settings, model List
 		taken[address] = true
 		l := model
 		l.Name, l.Address = b.name+":"+address, address
+		if b.name == "wan" {
+			l.CongestionControl = "" // those who come here are far away
+		}
 		t.Listeners = append(t.Listeners, l)
 	}
 	if len(t.Listeners) == 0 {
@@ -327,7 +338,7 @@ func compileService(s *proxycfg.GatewayService, env meshEnv) *serviceMemo {
 		Origin:         Origin{Object: "service/" + s.Name.String(), Datacenter: env.datacenter, Index: s.Index},
 	}
 	env.limit(&base)
-	base.SendProxy = env.sendProxyLocal
+	base.SendProxy, base.CongestionControl = env.sendProxyLocal, env.congestion
 	for _, inst := range s.Instances {
 		if host, _ := catalog.LANAddress(inst); isHostname(host) {
 			warn("instance " + inst.Service.ID + " on " + inst.Node.Node + " has the hostname " + host + " as its address, which is resolved here")

@@ -71,6 +71,11 @@ type Listener struct {
 	// ProxyProtocol says whose headers of the PROXY protocol are believed; nil is
 	// nobody's.
 	ProxyProtocol *ProxyProtocol `json:",omitempty"`
+	// IdleTimeout ends a connection on which no byte moved for so long; 0 is the
+	// data plane's own, which may be never.
+	IdleTimeout time.Duration `json:",omitempty"`
+	// CongestionControl is the algorithm of TCP towards clients; "" is the system's.
+	CongestionControl string `json:",omitempty"`
 	// SocketMode is the octal file mode of a unix socket; "" is the process's.
 	SocketMode string `json:",omitempty"`
 	// Authorise is set on inbound listeners.
@@ -175,6 +180,9 @@ type Cluster struct {
 	// SendProxy is the version of the PROXY header that the endpoints are sent
 	// before anything else; "" is none.
 	SendProxy ProxyVersion `json:",omitempty"`
+	// CongestionControl is the algorithm of TCP towards the endpoints; "" is the
+	// system's.
+	CongestionControl string `json:",omitempty"`
 	// TLS is set where the data plane originates mutual TLS.
 	TLS *ClientTLS `json:",omitempty"`
 	// Failover names the clusters to use, in order, when this one has no healthy

@@ -105,6 +105,8 @@ type tier struct {
 	keepalive gateway.Keepalive
 	limit     int64 // connections of the owner; 0 is none
 	send      gateway.ProxyVersion
+	// congestion is the algorithm of congestion control; "" is the system's.
+	congestion string
 }
 
 type member struct {
@@ -415,6 +417,8 @@ type registry struct {
 	clusters map[string]*cluster
 	zone     string // of the table in use
 	dns      *resolver
+	// congestion has the algorithms of congestion control that can be had.
+	congestion map[string]bool
 }
 
 // prepared is a table's clusters, compiled and not yet in use.
@@ -556,6 +560,9 @@ func (r *registry) tiers(c *cluster, spec *gateway.Cluster, zone string, unknown
 	for _, k := range ranks {
 		t := tier{owner: c, members: groups[k], group: peers[k.priority], policy: spec.Policy,
 			timeout: spec.ConnectTimeout, limit: int64(spec.MaxConnections), send: spec.SendProxy}
+		if r.congestion[spec.CongestionControl] {
+			t.congestion = spec.CongestionControl
+		}
 		if t.timeout <= 0 {
 			t.timeout = defaultConnectTimeout
 		}
@@ -612,7 +619,7 @@ func sameCluster(a, b *gateway.Cluster) bool {
 		return true
 	}
 	if a.ConnectTimeout != b.ConnectTimeout || a.Policy != b.Policy || a.MaxConnections != b.MaxConnections ||
-		a.ConnectionRate != b.ConnectionRate || a.ConnectionBurst != b.ConnectionBurst || a.SendProxy != b.SendProxy ||
+		a.ConnectionRate != b.ConnectionRate || a.ConnectionBurst != b.ConnectionBurst || a.SendProxy != b.SendProxy || a.CongestionControl != b.CongestionControl ||
 		(a.Keepalive == nil) != (b.Keepalive == nil) || a.Keepalive != nil && *a.Keepalive != *b.Keepalive ||
 		!slices.Equal(a.Failover, b.Failover) {
 		return false

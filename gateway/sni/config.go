@@ -1,6 +1,7 @@
 package sni
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -172,11 +173,13 @@ func (c *Config) keepalive(k gateway.Keepalive) gateway.Keepalive {
 	return k
 }
 
-// idleLimit is how long a connection may be idle; 0 is for ever.
-func (c *Config) idleLimit(halfClosed bool) time.Duration {
-	d := c.IdleTimeout
-	if halfClosed && c.HalfCloseTimeout > 0 && (d == 0 || c.HalfCloseTimeout < d) {
-		d = c.HalfCloseTimeout
+// idleLimits are how long a connection may be idle, and how long once one side
+// has said that it sends no more; 0 is for ever.
+func (c *Config) idleLimits(own time.Duration) (idle, halfClosed time.Duration) {
+	idle = cmp.Or(own, c.IdleTimeout)
+	halfClosed = idle
+	if c.HalfCloseTimeout > 0 && (idle == 0 || c.HalfCloseTimeout < idle) {
+		halfClosed = c.HalfCloseTimeout
 	}
-	return d
+	return idle, halfClosed
 }

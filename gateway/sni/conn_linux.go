@@ -219,6 +219,9 @@ func (l *loop) connect(c *conn, peer netip.AddrPort, data []byte, scan *helloSca
 			l.refuse(c, peer, &l.hello, data, gateway.RefuseLimit, "socket: "+e.Error())
 			return
 		}
+		if cc := d.tier.congestion; cc != "" {
+			rawCongestion(fd, cc) // that it can be had was seen before
+		}
 		if e = rawConnect(fd, d.addr); e == 0 {
 			// On loopback it is connected by now; elsewhere this asks and is told
 			// to wait.
@@ -348,7 +351,7 @@ func (l *loop) open(c *conn, peer netip.AddrPort, data []byte, sent int, d *dial
 	// Keepalive is for connections that last: set then, it costs the short ones
 	// nothing.
 	wait := min(l.f.cfg.Keepalive.Idle/2, l.f.cfg.keepalive(d.tier.keepalive).Idle/2, 10*time.Second)
-	if idle := l.f.cfg.idleLimit(false); idle > 0 {
+	if idle := c.l.terms.Load().idle; idle > 0 {
 		wait = min(wait, idle)
 	}
 	waited := c.begun != nil

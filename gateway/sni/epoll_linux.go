@@ -2,7 +2,6 @@ package sni
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -96,17 +95,26 @@ func (e *epoll) closeConns(l *listener, why closeReason) {
 }
 
 func (e *epoll) hold(l *listener) error {
-	var errs []error
+	return e.socketsOf(l, gateway.HoldOff)
+}
+
+func (e *epoll) tune(l *listener) error {
+	cc := l.terms.Load().spec.CongestionControl
+	return e.socketsOf(l, func(fd int) error { return setCongestion(fd, cc) })
+}
+
+// socketsOf calls fn with each socket of a listener, until it fails.
+func (e *epoll) socketsOf(l *listener, fn func(fd int) error) (err error) {
 	for _, lp := range e.loops {
 		lp.do(func() {
 			for _, s := range lp.socks {
-				if s != nil && s.l == l {
-					errs = append(errs, gateway.HoldOff(int(s.fd)))
+				if s != nil && s.l == l && err == nil {
+					err = fn(int(s.fd))
 				}
 			}
 		})
 	}
-	return errors.Join(errs...)
+	return err
 }
 
 func (e *epoll) stop() {

@@ -36,9 +36,11 @@ func TestWheel(t *testing.T) {
 	const tick = int64(1) << tickShift
 	due := map[*conn]int64{}
 	var all []*conn
+	ln := &listener{}
+	ln.use(l.f.newTerms(&gateway.Listener{}))
 	for range 300 {
 		c := l.newConn()
-		c.l, c.owner, c.ep, c.fd, c.phase = &listener{}, &cluster{}, &endpoint{}, [2]int32{-1, -1}, phaseOpen
+		c.l, c.owner, c.ep, c.fd, c.phase = ln, &cluster{}, &endpoint{}, [2]int32{-1, -1}, phaseOpen
 		all = append(all, c)
 	}
 	// A timer that has fired shows by the keepalive that it sets.

@@ -74,7 +74,8 @@ type listener struct {
 	// Owned by the control goroutine.
 	retryAt time.Time
 	backoff time.Duration
-	held    bool // bound, and takes nothing new
+	held    bool   // bound, and takes nothing new
+	tuned   string // the congestion control that its sockets were set to
 }
 
 // The sides of a connection. A direction is named by the side it comes from.
@@ -150,6 +151,9 @@ type engine interface {
 	// hold makes l's sockets take nothing new, while what has begun to connect may
 	// still be accepted. An error means that it cannot be had.
 	hold(l *listener) error
+	// tune sets the algorithm of congestion control of l's sockets to that of its
+	// terms. Connections that are open stay as they are.
+	tune(l *listener) error
 	// closeConns closes the connections that came by l.
 	closeConns(l *listener, why closeReason)
 	// oldest returns the open connections in the order of their ages, at most limit.
@@ -335,7 +339,11 @@ func (c *control) due() time.Duration {
 func (c *control) bind(l *listener, now time.Time) {
 	addr, err := c.eng.listen(l)
 	if err == nil {
-		l.state.Store(&bindState{address: addr, bound: true})
+		st := &bindState{address: addr, bound: true}
+		if l.tuned = ""; l.terms.Load().spec.CongestionControl != "" {
+			c.tune(l, st)
+		}
+		l.state.Store(st)
 		l.backoff = 0
 		c.f.notify()
 		c.f.log.Info("listening", "listener", l.name(), "address", addr)
@@ -349,9 +357,20 @@ func (c *control) bind(l *listener, now time.Time) {
 	}
 }
 
+// tune sets the sockets of a listener to its terms. What cannot be set shows in
+// its state; it is bound all the same.
+func (c *control) tune(l *listener, st *bindState) {
+	l.tuned = l.terms.Load().spec.CongestionControl
+	if err := c.eng.tune(l); err != nil {
+		st.err = err.Error()
+		c.f.log.Warn("congestion control not set", "listener", l.name(), "error", err)
+	}
+}
+
 // apply puts a table into use: first everything is prepared, then it is swapped
 // in, clusters before the routes that lead to them.
 func (c *control) apply(ctx context.Context, t *gateway.Table) {
+	c.reg.congestion = c.checkCongestion(t)
 	p := c.reg.prepare(t)
 	c.reg.dns.await(ctx, c.f.cfg.LookupWait)
 	x, dangling := newIndex(c.index, t.Routes, p.clusters)
@@ -371,6 +390,25 @@ func (c *control) apply(ctx context.Context, t *gateway.Table) {
 	if len(dangling) > 0 {
 		c.f.fail(fmt.Errorf("apply table %d: %d routes lead to no cluster, such as %q", t.Index, len(dangling), dangling[0]))
 	}
+}
+
+// checkCongestion returns the algorithms of congestion control that the clusters
+// of a table ask for and that can be had.
+func (c *control) checkCongestion(t *gateway.Table) map[string]bool {
+	ok, seen := map[string]bool{}, map[string]bool{}
+	for i := range t.Clusters {
+		name := t.Clusters[i].CongestionControl
+		if name == "" || seen[name] {
+			continue
+		}
+		seen[name] = true
+		if err := checkCongestion(name); err != nil {
+			c.f.fail(fmt.Errorf("connect to endpoints: %w", err))
+			continue
+		}
+		ok[name] = true
+	}
+	return ok
 }
 
 func (c *control) applyListeners(t *gateway.Table) []*listener {
@@ -395,6 +433,11 @@ func (c *control) applyListeners(t *gateway.Table) []*listener {
 			c.listeners[spec.Address] = l
 		}
 		l.use(c.f.newTerms(spec))
+		if st := l.state.Load(); st != nil && st.bound && l.tuned != spec.CongestionControl {
+			next := &bindState{address: st.address, bound: true}
+			c.tune(l, next)
+			l.state.Store(next)
+		}
 		out = append(out, l)
 	}
 	for addr, l := range c.listeners {

@@ -139,13 +139,18 @@ func TestIdleTimeout(t *testing.T) {
 	hello := helloFor(t, "web.example")
 	onEngines(t, func(t *testing.T, engine string) {
 		b := greeter(t, hello, "H", func(c *net.TCPConn) { io.Copy(io.Discard, c) })
-		f := start(t, Config{Engine: engine, IdleTimeout: 50 * time.Millisecond},
-			table([]gateway.Cluster{clusterOf("web", b.addr)}, "web.example", "web"))
-		c := f.dial(hello)
-		expectTag(t, c, "H")
-		if _, err := c.Read(make([]byte, 1)); errors.Is(err, os.ErrDeadlineExceeded) {
-			t.Fatal("an idle connection stays for ever")
+		tab := table([]gateway.Cluster{clusterOf("web", b.addr)}, "web.example", "web")
+		ends := func(f *testForwarder) {
+			c := f.dial(hello)
+			expectTag(t, c, "H")
+			if _, err := c.Read(make([]byte, 1)); errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Fatal("an idle connection stays for ever")
+			}
 		}
+		ends(start(t, Config{Engine: engine, IdleTimeout: 50 * time.Millisecond}, tab))
+		// That of a listener goes before.
+		tab.Listeners[0].IdleTimeout = 50 * time.Millisecond
+		ends(start(t, Config{Engine: engine, IdleTimeout: time.Hour}, tab))
 	})
 }
 

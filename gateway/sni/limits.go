@@ -6,6 +6,7 @@ import (
 	"math"
 	"net/netip"
 	"sync/atomic"
+	"time"
 
 	"github.com/sluicemesh/sluice/gateway"
 )
@@ -24,10 +25,22 @@ type terms struct {
 	// accept says whether connections begin with a header of the PROXY protocol.
 	accept  gateway.ProxyAccept
 	trusted []netip.Prefix
+	// idle and halfIdle are how long a connection may be idle, the second once one
+	// side sends no more; 0 is for ever.
+	idle, halfIdle time.Duration
+}
+
+// idleLimit is idle or halfIdle.
+func (t *terms) idleLimit(halfClosed bool) time.Duration {
+	if halfClosed {
+		return t.halfIdle
+	}
+	return t.idle
 }
 
 func (f *Forwarder) newTerms(spec *gateway.Listener) *terms {
 	t := &terms{spec: spec, most: int64(spec.MaxConnections), hellos: f.cfg.PendingHellos}
+	t.idle, t.halfIdle = f.cfg.idleLimits(max(spec.IdleTimeout, 0))
 	if lim := spec.Limits; lim != nil {
 		t.rate = newRate(lim.ConnectionRate, lim.ConnectionBurst)
 		t.ofSource.most = int32(min(max(lim.MaxConnectionsPerSource, 0), math.MaxInt32-1))

@@ -123,6 +123,18 @@ func (e *netpoll) unlisten(l *listener) {
 	}
 }
 
+func (e *netpoll) tune(l *listener) error {
+	raw, err := e.socks[l].SyscallConn()
+	if err != nil {
+		return err
+	}
+	var terr error
+	if err := raw.Control(func(fd uintptr) { terr = setCongestion(int(fd), l.terms.Load().spec.CongestionControl) }); err != nil {
+		return err
+	}
+	return terr
+}
+
 func (e *netpoll) hold(l *listener) error { return gateway.HoldOffConn(e.socks[l]) }
 
 func (e *netpoll) closeConns(l *listener, why closeReason) {
@@ -462,6 +474,11 @@ func (e *netpoll) readHello(p *netpollConn, t *terms, bp *[]byte, h *hello) (n i
 func (e *netpoll) connect(p *netpollConn, d *dial) (bool, error) {
 	for now := e.f.now(); d.next(now); now = e.f.now() {
 		dialer := net.Dialer{Timeout: d.timeout(now), KeepAliveConfig: e.keepalive(d.tier.keepalive)}
+		if cc := d.tier.congestion; cc != "" {
+			dialer.Control = func(_, _ string, c syscall.RawConn) error {
+				return c.Control(func(fd uintptr) { setCongestion(int(fd), cc) }) // that it can be had was seen before
+			}
+		}
 		c, err := dialer.DialContext(e.ctx, "tcp", d.addr.String())
 		if err != nil {
 			cause := connectError(err)
@@ -511,7 +528,7 @@ func (e *netpoll) copy(p *netpollConn, dst, src *net.TCPConn, count, own *atomic
 	f := e.f
 	lim := io.LimitedReader{R: src}
 	for {
-		idle := f.cfg.idleLimit(p.halves.Load() > 0)
+		idle := p.l.terms.Load().idleLimit(p.halves.Load() > 0)
 		if idle > 0 {
 			src.SetReadDeadline(time.Now().Add(idle))
 		}
@@ -529,13 +546,13 @@ func (e *netpoll) copy(p *netpollConn, dst, src *net.TCPConn, count, own *atomic
 			// The end of what src sends; dst may go on sending.
 			if p.halves.Add(1) == 1 {
 				dst.CloseWrite()
-				if d := f.cfg.idleLimit(true); d > 0 {
+				if d := p.l.terms.Load().idleLimit(true); d > 0 {
 					dst.SetReadDeadline(time.Now().Add(d))
 				}
 			}
 			return
 		case errors.Is(err, os.ErrDeadlineExceeded):
-			idle = f.cfg.idleLimit(p.halves.Load() > 0)
+			idle = p.l.terms.Load().idleLimit(p.halves.Load() > 0)
 			if n > 0 || idle == 0 || f.now()-p.lastActive.Load() < int64(idle) {
 				continue
 			}

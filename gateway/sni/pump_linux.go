@@ -183,7 +183,7 @@ func (l *loop) eof(c *conn, src int) bool {
 		return false
 	}
 	rawShutdown(c.fd[1-src])
-	if d := l.f.cfg.idleLimit(true); d > 0 {
+	if d := c.l.terms.Load().halfIdle; d > 0 {
 		l.schedule(c, l.now+int64(d))
 	}
 	return true

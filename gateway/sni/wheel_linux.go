@@ -118,7 +118,7 @@ func (l *loop) fire(c *conn) {
 			setKeepalive(c.fd[target], l.f.cfg.keepalive(c.keepalive()))
 		}
 		half := (c.flags[client]|c.flags[target])&flagEOF != 0
-		idle := l.f.cfg.idleLimit(half)
+		idle := c.l.terms.Load().idleLimit(half)
 		if idle == 0 {
 			return
 		}
