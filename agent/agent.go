@@ -323,7 +323,7 @@ func (a *Agent) dataPlane(kind catalog.Kind, id string, conf map[string]any) (ga
 	log := a.log.With("proxy_id", id)
 	switch kind {
 	case api.ServiceKindMeshGateway:
-		return sni.New(sni.Config{Engine: a.runtime().DataPlane.Engine, AccessLog: a.accessLog(log), Logger: log.Named("sni")}), nil
+		return sni.New(sni.Config{Engine: a.runtime().DataPlane.Engine, AccessLog: a.accessLog(log), Logger: log}), nil
 	case api.ServiceKindConnectProxy:
 		return sidecar.New(sidecar.Config{AccessLog: a.accessLog(log), Logger: log.Named("sidecar")}), nil
 	}

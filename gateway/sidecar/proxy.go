@@ -122,8 +122,10 @@ func reasonOf(err error) string {
 		return gateway.RefuseNoEndpoint
 	case errors.Is(err, errLimit):
 		return gateway.RefuseLimit
-	case errors.Is(err, errHandshake):
+	case errors.Is(err, errIdentity):
 		return gateway.RefuseIdentity
+	case errors.Is(err, errHandshake):
+		return gateway.RefuseHandshake
 	}
 	return gateway.RefuseConnect
 }
@@ -131,6 +133,8 @@ func reasonOf(err error) string {
 var (
 	errLimit     = errors.New("the cluster has as many connections as it may")
 	errHandshake = errors.New("mutual TLS")
+	// errIdentity is wrapped where the far side is somebody else.
+	errIdentity = errors.New("not the expected peer")
 )
 
 // reached is the endpoint that a connection was made to, and its cluster.
@@ -238,7 +242,10 @@ func (s *Sidecar) originate(ctx context.Context, r *routing, want *gateway.Clien
 		// below takes the place of the one that is skipped.
 		InsecureSkipVerify: true, //nolint:gosec // VerifyConnection verifies chain and identity
 		VerifyConnection: func(cs tls.ConnectionState) error {
-			return r.verifier.Verify(cs.PeerCertificates, time.Now(), expect)
+			if err := r.verifier.Verify(cs.PeerCertificates, time.Now(), expect); err != nil {
+				return fmt.Errorf("%w: %w", errIdentity, err)
+			}
+			return nil
 		},
 	})
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.HandshakeTimeout)

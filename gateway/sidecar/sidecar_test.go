@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"testing"
@@ -394,11 +395,12 @@ func TestBindRetry(t *testing.T) {
 
 func TestReasons(t *testing.T) {
 	for err, want := range map[error]string{
-		errNoEndpoint:                      gateway.RefuseNoEndpoint,
-		errLimit:                           gateway.RefuseLimit,
-		errors.Join(errHandshake, io.EOF):  gateway.RefuseIdentity,
-		errors.New("connection refused"):   gateway.RefuseConnect,
-		errors.Join(errLimit, io.EOF, nil): gateway.RefuseLimit,
+		errNoEndpoint:                     gateway.RefuseNoEndpoint,
+		errLimit:                          gateway.RefuseLimit,
+		errors.Join(errHandshake, io.EOF): gateway.RefuseHandshake,
+		errors.Join(errHandshake, fmt.Errorf("x: %w", errIdentity)): gateway.RefuseIdentity,
+		errors.New("connection refused"):                            gateway.RefuseConnect,
+		errors.Join(errLimit, io.EOF, nil):                          gateway.RefuseLimit,
 	} {
 		if got := reasonOf(err); got != want {
 			t.Errorf("%v: %s, want %s", err, got, want)
