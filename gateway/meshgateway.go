@@ -134,6 +134,7 @@ func (c *Compiler) meshGateway(t *Table, s *proxycfg.Snapshot) {
 	}
 	c.services = memos
 
+	probe := probing(conf)
 	for _, dc := range s.Gateway.Datacenters {
 		if dc.Name == t.Datacenter || len(dc.Gateways) == 0 {
 			continue
@@ -148,6 +149,7 @@ func (c *Compiler) meshGateway(t *Table, s *proxycfg.Snapshot) {
 			ConnectTimeout: env.connectTimeout,
 			Keepalive:      keepalive,
 			SendProxy:      env.sendProxy,
+			Probe:          probe,
 			Origin:         origin,
 		}
 		env.limit(&cl)
@@ -293,6 +295,20 @@ func listenerLimits(conf *settings) (l *Limits, maxConnections int) {
 		l = nil
 	}
 	return l, s.count("max_connections")
+}
+
+// probing reads whether gateways of other datacenters are probed; nil is not.
+func probing(conf *settings) *Probe {
+	if _, ok := conf.block("probe"); !ok {
+		return nil
+	}
+	s, done := conf.section("probe")
+	defer done()
+	return &Probe{
+		Interval: s.duration(10*time.Second, "interval"),
+		Timeout:  s.duration(2*time.Second, "timeout"),
+		All:      s.oneOf("endpoints", "failing", "all") == "all",
+	}
 }
 
 // proxyProtocol reads whose headers are believed, nil for nobody's, and which are

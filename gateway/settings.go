@@ -167,6 +167,24 @@ func (s *settings) milliseconds(def time.Duration, keys ...string) time.Duration
 	return def
 }
 
+// duration returns a time like "10s", or def where it is absent; a number is of
+// seconds.
+func (s *settings) duration(def time.Duration, key string) time.Duration {
+	k, v, ok := s.find(key)
+	if !ok {
+		return def
+	}
+	d, err := time.ParseDuration(fmt.Sprint(v))
+	if n, isNumber := number(v); isNumber {
+		d, err = time.Duration(n)*time.Second, nil
+	}
+	if err != nil || d <= 0 {
+		s.reject(k, v, "a duration")
+		return def
+	}
+	return d
+}
+
 // perSecond returns a rate, 0 where the key is absent.
 func (s *settings) perSecond(keys ...string) float64 {
 	k, v, ok := s.find(keys...)

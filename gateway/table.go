@@ -183,12 +183,24 @@ type Cluster struct {
 	// CongestionControl is the algorithm of TCP towards the endpoints; "" is the
 	// system's.
 	CongestionControl string `json:",omitempty"`
+	// Probe says that endpoints are connected to for no client; nil is not.
+	Probe *Probe `json:",omitempty"`
 	// TLS is set where the data plane originates mutual TLS.
 	TLS *ClientTLS `json:",omitempty"`
 	// Failover names the clusters to use, in order, when this one has no healthy
 	// endpoint or none that can be connected to.
 	Failover []string `json:",omitempty"`
 	Origin   Origin
+}
+
+// Probe finds out which endpoints can be connected to before a client has to. What
+// it finds counts like what a client's connection finds: enough failures in a row
+// take an endpoint out of use for a time, and a success puts it back.
+type Probe struct {
+	Interval time.Duration
+	Timeout  time.Duration // of one attempt to connect
+	// All probes every endpoint; without it those are that failed twice in a row.
+	All bool `json:",omitempty"`
 }
 
 // Policy is how a healthy endpoint is chosen.

@@ -91,6 +91,7 @@ type plan struct {
 	endpoints []*endpoint // every endpoint of the cluster itself, for Status
 	healthy   int         // of the cluster itself
 	rate      rate        // of connections to the cluster, whatever endpoint they reach
+	probe     *gateway.Probe
 }
 
 // tier is a set of endpoints that are as good as each other.
@@ -506,7 +507,7 @@ func (r *registry) commit(p *prepared) {
 }
 
 func (r *registry) compile(c *cluster, spec *gateway.Cluster, p *prepared) *plan {
-	pl := &plan{rate: newRate(spec.ConnectionRate, spec.ConnectionBurst)}
+	pl := &plan{rate: newRate(spec.ConnectionRate, spec.ConnectionBurst), probe: spec.Probe}
 	listed := make(map[*endpoint]bool, len(spec.Endpoints))
 	for i := range spec.Endpoints {
 		e := &spec.Endpoints[i]
@@ -620,6 +621,7 @@ func sameCluster(a, b *gateway.Cluster) bool {
 	}
 	if a.ConnectTimeout != b.ConnectTimeout || a.Policy != b.Policy || a.MaxConnections != b.MaxConnections ||
 		a.ConnectionRate != b.ConnectionRate || a.ConnectionBurst != b.ConnectionBurst || a.SendProxy != b.SendProxy || a.CongestionControl != b.CongestionControl ||
+		(a.Probe == nil) != (b.Probe == nil) || a.Probe != nil && *a.Probe != *b.Probe ||
 		(a.Keepalive == nil) != (b.Keepalive == nil) || a.Keepalive != nil && *a.Keepalive != *b.Keepalive ||
 		!slices.Equal(a.Failover, b.Failover) {
 		return false

@@ -55,6 +55,7 @@ type view struct {
 	appliedAt time.Time
 	listeners []*listener
 	clusters  []*cluster // by name
+	probed    []*cluster // those whose endpoints are probed
 }
 
 // listener is an address that a table wants bound. It lives as long as the
@@ -237,8 +238,11 @@ func (f *Forwarder) Run(ctx context.Context) error {
 		listeners: map[string]*listener{},
 	}
 	f.lines.start()
+	var probing sync.WaitGroup
+	probing.Go(func() { newProber(f).run(ctx) })
 	c.run(ctx)
 	close(f.ended)
+	probing.Wait()
 	eng.stop()
 	f.lines.stop()
 	c.reg.dns.stop()
@@ -381,6 +385,9 @@ func (c *control) apply(ctx context.Context, t *gateway.Table) {
 	v := &view{applied: t.Index, appliedAt: time.Now()}
 	for _, cl := range c.reg.clusters {
 		v.clusters = append(v.clusters, cl)
+		if cl.spec != nil && cl.spec.Probe != nil {
+			v.probed = append(v.probed, cl)
+		}
 	}
 	slices.SortFunc(v.clusters, func(a, b *cluster) int { return strings.Compare(a.name, b.name) })
 	v.listeners = c.applyListeners(t)

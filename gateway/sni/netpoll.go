@@ -482,8 +482,7 @@ func (e *netpoll) connect(p *netpollConn, d *dial) (bool, error) {
 		c, err := dialer.DialContext(e.ctx, "tcp", d.addr.String())
 		if err != nil {
 			cause := connectError(err)
-			own := e.ctx.Err() != nil || errors.Is(cause, syscall.EMFILE) || errors.Is(cause, syscall.ENFILE) || errors.Is(cause, syscall.ENOBUFS)
-			if own {
+			if e.ctx.Err() != nil || ownFault(cause) {
 				d.abandon()
 				return false, cause
 			}
@@ -501,6 +500,11 @@ func (e *netpoll) connect(p *netpollConn, d *dial) (bool, error) {
 		return true, nil
 	}
 	return false, nil
+}
+
+// ownFault says that a failure to connect is ours, and no endpoint's.
+func ownFault(cause error) bool {
+	return errors.Is(cause, syscall.EMFILE) || errors.Is(cause, syscall.ENFILE) || errors.Is(cause, syscall.ENOBUFS)
 }
 
 // connectError takes the addresses off an error of net, which repeat what is

@@ -1,0 +1,160 @@
+package sni
+
+import (
+	"context"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/sluicemesh/sluice/gateway"
+)
+
+const (
+	// failingLeast is how many failures in a row make an endpoint one that is probed
+	// where only the failing are.
+	failingLeast = 2
+	probesAtOnce = 32
+	// probeTurn is the least time between two looks at what is to be probed.
+	probeTurn           = 50 * time.Millisecond
+	defaultProbeEvery   = 10 * time.Second
+	defaultProbeTimeout = 2 * time.Second
+	probeJitterDiv      = 5
+)
+
+// prober connects to endpoints, where their cluster asks for it, to learn which of
+// them can be connected to before a client has to. What it finds counts like what
+// a client's connection finds.
+type prober struct {
+	f     *Forwarder
+	slots chan struct{}
+	wg    sync.WaitGroup
+	due   map[*endpoint]int64 // on the forwarder's clock; run's own
+	turns map[*endpoint]int   // which address is next; run's own
+}
+
+func newProber(f *Forwarder) *prober {
+	return &prober{f: f, slots: make(chan struct{}, probesAtOnce), due: map[*endpoint]int64{}, turns: map[*endpoint]int{}}
+}
+
+// run probes until ctx ends, and returns when nothing of it is left.
+func (p *prober) run(ctx context.Context) {
+	defer p.wg.Wait()
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		changed := p.f.Changed()
+		if wait, ok := p.turn(ctx); ok {
+			timer.Reset(wait)
+		} else {
+			timer.Stop()
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-changed:
+		case <-timer.C:
+		}
+	}
+}
+
+// turn begins the probes that are due. It returns the time until the next, and
+// false when nothing is ever to be probed with the table in use.
+func (p *prober) turn(ctx context.Context) (wait time.Duration, ok bool) {
+	now := p.f.now()
+	next := now + int64(time.Hour)
+	seen := make(map[*endpoint]bool, len(p.due))
+	for _, c := range p.f.view.Load().probed {
+		pl := c.plan.Load()
+		if pl == nil || pl.probe == nil {
+			continue
+		}
+		ok = true
+		every := pl.probe.Interval
+		if every <= 0 {
+			every = defaultProbeEvery
+		}
+		for i := range pl.tiers {
+			t := &pl.tiers[i]
+			if t.owner != c {
+				continue
+			}
+			for j := range t.members {
+				ep := t.members[j].ep
+				if seen[ep] {
+					continue
+				}
+				seen[ep] = true
+				at, known := p.due[ep]
+				if !known {
+					// Not all at once, and not in step with other gateways.
+					at = now + rand.Int64N(int64(every))
+				}
+				if now >= at {
+					if pl.probe.All || ep.failures.Load() >= failingLeast {
+						p.begin(ctx, t, ep, pl.probe)
+					}
+					at = now + int64(every) + rand.Int64N(int64(every)/probeJitterDiv+1)
+				}
+				p.due[ep] = at
+				next = min(next, at)
+			}
+		}
+	}
+	for ep := range p.due {
+		if !seen[ep] {
+			delete(p.due, ep)
+			delete(p.turns, ep)
+		}
+	}
+	return max(time.Duration(next-now), probeTurn), ok
+}
+
+// begin connects to the next address of an endpoint, unless too many probes are
+// under way; then its turn is over.
+func (p *prober) begin(ctx context.Context, t *tier, ep *endpoint, spec *gateway.Probe) {
+	addrs := ep.addresses()
+	if len(addrs) == 0 {
+		return
+	}
+	select {
+	case p.slots <- struct{}{}:
+	default:
+		return
+	}
+	addr := addrs[p.turns[ep]%len(addrs)]
+	p.turns[ep]++
+	p.wg.Go(func() {
+		defer func() { <-p.slots }()
+		p.probe(ctx, t, ep, addr, spec)
+	})
+}
+
+func (p *prober) probe(ctx context.Context, t *tier, ep *endpoint, addr netip.AddrPort, spec *gateway.Probe) {
+	d := net.Dialer{Timeout: spec.Timeout}
+	if d.Timeout <= 0 {
+		d.Timeout = defaultProbeTimeout
+	}
+	c, err := d.DialContext(ctx, "tcp", addr.String())
+	switch {
+	case ctx.Err() != nil:
+		if err == nil {
+			c.Close()
+		}
+	case err != nil:
+		cause := connectError(err)
+		if ownFault(cause) {
+			return
+		}
+		text := "probe: " + cause.Error()
+		ep.lastError.Store(&text)
+		p.f.eject(t, ep, p.f.now())
+	default:
+		c.Close()
+		ep.failures.Store(0)
+		if ep.ejectedUntil.Swap(0) > p.f.now() {
+			p.f.log.Info("endpoint is back, as a probe found", "cluster", t.owner.name, "endpoint", ep.key)
+		}
+	}
+}
