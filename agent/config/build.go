@@ -462,8 +462,14 @@ func (b *builder) log() Log {
 
 func (b *builder) rest(rt *Runtime) {
 	s := b.s
+	multiplier := 5
+	if rt.Cluster.Bootstrap {
+		// COMPAT: a server that founds a datacenter alone has nobody to wait for; with
+		// Consul's 5 it would take up to ten seconds to elect itself at each start.
+		multiplier = 1
+	}
 	rt.Performance = Performance{
-		RaftMultiplier: or(s.Performance.RaftMultiplier, 5),
+		RaftMultiplier: or(s.Performance.RaftMultiplier, multiplier),
 		RPCHold:        b.notNegative("performance.rpc_hold_timeout", s.Performance.RPCHold, 7*time.Second),
 	}
 	if m := rt.Performance.RaftMultiplier; m < 1 || m > 10 {

@@ -429,3 +429,23 @@ func TestFlags(t *testing.T) {
 		t.Error(d.problems)
 	}
 }
+
+// TestLoneServer gives a server that founds a datacenter alone the fast timings,
+// unless it asks for others.
+func TestLoneServer(t *testing.T) {
+	const base = `data_dir = "/tmp/x" node_name = "n" bind_addr = "127.0.0.1" server = true `
+	for hcl, want := range map[string]int{
+		base + `bootstrap_expect = 1`:                                     1,
+		base + `bootstrap = true`:                                         1,
+		base + `bootstrap_expect = 3`:                                     5,
+		base + `bootstrap_expect = 1 performance { raft_multiplier = 7 }`: 7,
+	} {
+		rt, _, err := Load(Options{HCL: []string{hcl}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := rt.Performance.RaftMultiplier; got != want {
+			t.Errorf("%s: multiplier %d, want %d", hcl, got, want)
+		}
+	}
+}
