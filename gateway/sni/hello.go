@@ -193,7 +193,7 @@ func (h *hello) parse(msg []byte) (reason string) {
 	h.nameLen, h.alpn = 0, nil
 	c := cursor(msg)
 	var session, suites, compression, exts cursor
-	if !c.skip(2+32) || !c.vec8(&session) || len(session) > 32 ||
+	if !c.skip(2+32) || !c.vec8(&session) ||
 		!c.vec16(&suites) || len(suites)%2 != 0 || !c.vec8(&compression) {
 		return gateway.RefuseNotTLS
 	}
