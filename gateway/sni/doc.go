@@ -27,6 +27,20 @@
 // (passive ejection), per cluster and endpoint, but never the last one: being
 // ejected is a guess, and a guess must not take a cluster out of service.
 //
+// Limits are counted where a connection is accepted, without locks: a rate is one
+// word that says when it will be full again, and sources have places in a table of
+// fixed size. Who is behind a trusted load balancer counts by the source that the
+// header of the PROXY protocol names; from anybody else a header is no TLS, and is
+// refused as that. Of the clients whose hello is waited for the oldest is shed when
+// there are too many, so that a flood that says nothing costs the others little.
+//
+// Of the endpoints of one priority the nearest are used while one of them can be;
+// the others are what a connection goes to when none of those can.
+//
+// A drain closes a socket only after holding off what is new and accepting what
+// waits there: closing it over the queue would reset connections that a client
+// holds for made.
+//
 // A refused connection is closed without a TLS alert, as Envoy does: an alert
 // would be read as the word of the service.
 //

@@ -128,6 +128,9 @@ func (d *drain) Resume() {
 	d.f.do(func(c *control) {
 		c.unbind() // a held socket cannot be made to take connections again
 		c.stopped = false
+		for _, l := range c.listeners {
+			l.retryAt = time.Time{}
+		}
 		c.due()
 	})
 }
