@@ -129,9 +129,7 @@ func (l *loop) admitSource(c *conn, t *terms, peer netip.AddrPort, data []byte) 
 		l.refuse(c, peer, nil, data, gateway.RefuseLimit, limit)
 		return false
 	}
-	if s != nil {
-		l.note(c).source = s
-	}
+	c.source = s
 	return true
 }
 
@@ -321,8 +319,7 @@ func (l *loop) sendHello(c *conn, fd int32, peer netip.AddrPort, data []byte, d 
 // endpoint.
 func (l *loop) open(c *conn, peer netip.AddrPort, data []byte, sent int, d *dial) {
 	c.owner, c.ep = d.done()
-	c.count = c.owner.counter(l.worker, len(l.e.loops))
-	c.moved(client, max(0, sent-len(l.head)))
+	l.moved(c, client, max(0, sent-len(l.head)))
 	c.phase = phaseOpen
 	c.active = l.clock
 	if logged := c.note != nil && c.note.logged; logged || l.f.log.IsTrace() {
@@ -445,6 +442,9 @@ func (l *loop) end(c *conn, reset bool, why closeReason) {
 	}
 	if c.begun != nil {
 		l.dropBegun(c)
+	}
+	if c.source != nil {
+		c.source.release()
 	}
 	if c.note != nil {
 		l.dropNote(c)

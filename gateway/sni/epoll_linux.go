@@ -167,14 +167,14 @@ type conn struct {
 	deadline   uint32
 	active     uint32 // the tick of the last byte
 
-	bytes [2]uint64 // that were passed on, by the side they came from
-	l     *listener
-	owner *cluster
-	ep    *endpoint
-	count *byteCount
-	held  [2]*held // what was read of a side and could not be written yet
-	begun *begun   // until the connection is open
-	note  *note    // of the few that need it
+	bytes  [2]uint64 // that were passed on, by the side they came from
+	l      *listener
+	owner  *cluster
+	ep     *endpoint
+	source *source  // that accounts it; nil where sources are not limited
+	held   [2]*held // what was read of a side and could not be written yet
+	begun  *begun   // until the connection is open
+	note   *note    // of the few that need it
 }
 
 // note is what is kept of a connection only where something asks for it.
@@ -186,8 +186,6 @@ type note struct {
 	logged bool
 	peer   netip.AddrPort // as the kernel says
 	name   string
-
-	source *source // accounts the connection; nil where sources are not limited
 }
 
 // held is what waits for the other side: bytes, or a pipe with bytes.

@@ -38,8 +38,10 @@ func (s *helloScan) feed(buf []byte, limit int) (done bool, reason string) {
 		if s.pos == s.recEnd {
 			h := buf[s.pos:]
 			// Refuse by the first byte that cannot be right: whoever speaks another
-			// protocol may be waiting for our answer.
-			if len(h) > 0 && h[0] != recordHandshake || len(h) > 1 && h[1] != 3 {
+			// protocol may be waiting for our answer. The version of a record says
+			// nothing (RFC 8446 5.1), but one that TLS will never reach tells of
+			// something else; crypto/tls draws the line at the same place.
+			if len(h) > 0 && h[0] != recordHandshake || len(h) > 1 && h[1] >= 0x10 {
 				return false, gateway.RefuseNotTLS
 			}
 			if len(h) < recordHeader {

@@ -231,7 +231,7 @@ func TestHelloRefused(t *testing.T) {
 		{"http", []byte("GET / HTTP/1.1\r\n"), 0, gateway.RefuseNotTLS, 1},
 		{"ssl 2", []byte{0x80, 0x2e, 1, 0, 2}, 0, gateway.RefuseNotTLS, 1},
 		{"alert", []byte{21, 3, 1, 0, 2, 1, 0}, 0, gateway.RefuseNotTLS, 1},
-		{"version 2", change(1, 2), 0, gateway.RefuseNotTLS, 2},
+		{"version 0x10", change(1, 0x10), 0, gateway.RefuseNotTLS, 2},
 		{"empty record", change(3, 0, 0), 0, gateway.RefuseNotTLS, 5},
 		{"record too long", change(3, 0x40, 1), 0, gateway.RefuseNotTLS, 5},
 		{"server hello", change(5, 2), 0, gateway.RefuseNotTLS, 6},

@@ -90,9 +90,6 @@ func (l *loop) note(c *conn) *note {
 func (l *loop) dropNote(c *conn) {
 	n := c.note
 	c.note = nil
-	if n.source != nil {
-		n.source.release()
-	}
 	*n = note{}
 	if len(l.notes) < keepNotes {
 		l.notes = append(l.notes, n)

@@ -15,14 +15,14 @@ func (l *loop) pump(c *conn, src int) bool {
 	if h := c.held[src]; h != nil {
 		switch n, e := l.flush(c, h, to); {
 		case e == unix.EAGAIN:
-			c.moved(src, n)
+			l.moved(c, src, n)
 			l.watch(c, dst, unix.EPOLLOUT)
 			return true
 		case e != 0:
 			l.end(c, true, closeReset)
 			return false
 		default:
-			c.moved(src, n)
+			l.moved(c, src, n)
 			c.held[src] = nil
 			l.dropHeld(h)
 		}
@@ -70,7 +70,7 @@ func (l *loop) pump(c *conn, src int) bool {
 			l.end(c, true, closeReset)
 			return false
 		}
-		c.moved(src, k)
+		l.moved(c, src, k)
 		if k < n {
 			h := l.newHeld()
 			h.buf = append(l.block(n-k), l.buf[k:n]...)
@@ -166,7 +166,7 @@ func (l *loop) splice(c *conn, src, most int) (moved int, drained, ok bool) {
 			}
 			n -= k
 			moved += k
-			c.moved(src, k)
+			l.moved(c, src, k)
 		}
 	}
 	l.dropPipe(p, true)
@@ -190,12 +190,12 @@ func (l *loop) eof(c *conn, src int) bool {
 }
 
 // moved accounts bytes that came from src and were passed on.
-func (c *conn) moved(src, n int) {
+func (l *loop) moved(c *conn, src, n int) {
 	c.bytes[src] += uint64(n)
-	if src == client {
-		add(&c.count.in, n)
+	if count := c.owner.counter(l.worker, len(l.e.loops)); src == client {
+		add(&count.in, n)
 	} else {
-		add(&c.count.out, n)
+		add(&count.out, n)
 	}
 }
 
