@@ -29,6 +29,7 @@ type bench struct {
 	results results
 	backend *process
 	exe     string
+	quick   bool // leaves out contenders, too
 }
 
 // sizes of a run.
@@ -39,11 +40,16 @@ type sizes struct {
 	gb                float64
 	play              time.Duration
 	hold              time.Duration
+	pairs             int // of quiet and disturbed times
+	half              int // hellos that are not completed, at a time
+	torture           time.Duration
 }
 
 var (
-	fullSizes  = sizes{rounds: 5, fewRounds: 3, conns: 8000, shakes: 1000, idle: 3000, gb: 3, play: 1200 * time.Millisecond, hold: 1500 * time.Millisecond}
-	quickSizes = sizes{rounds: 3, fewRounds: 2, conns: 6000, shakes: 400, idle: 2000, gb: 2, play: 800 * time.Millisecond, hold: 500 * time.Millisecond}
+	fullSizes = sizes{rounds: 5, fewRounds: 3, conns: 8000, shakes: 1000, idle: 3000, gb: 3, play: 1200 * time.Millisecond, hold: 1500 * time.Millisecond,
+		pairs: 5, half: 4000, torture: 30 * time.Second}
+	quickSizes = sizes{rounds: 3, fewRounds: 2, conns: 6000, shakes: 400, idle: 2000, gb: 2, play: 800 * time.Millisecond, hold: 500 * time.Millisecond,
+		pairs: 3, half: 2000, torture: 8 * time.Second}
 )
 
 // stage is what is done with one set of processes.
@@ -54,6 +60,8 @@ type stage struct {
 	workers int
 	pinned  bool
 	fresh   bool // processes are started for each measurement
+	ours    bool // only the forwarder of this repository, with each of its engines
+	inside  bool // the load runs the forwarder in its own process
 	skip    []string
 	tests   []stageTest
 }
@@ -61,6 +69,7 @@ type stage struct {
 type stageTest struct {
 	name string // of the tests in report.go
 	few  bool   // rounds
+	once bool   // one round: there are enough times within it
 	full bool   // not in a quick run
 	args []string
 }
@@ -100,6 +109,21 @@ func stages(s sizes, cpus int) []stage {
 			{name: "rr64pin", few: true, full: true, args: play("-c", "64")},
 			{name: "downpin", few: true, full: true, args: bulk("down", s.gb)},
 		}},
+		{name: "many", about: "9,000 open connections", routes: smallRoutes, workers: cpus, fresh: true, ours: true, tests: []stageTest{
+			{name: "many", once: true, args: []string{"idle", "-c", strconv.Itoa(manyConns), "-hold", s.hold.String()}},
+		}},
+		{name: "churn", about: "10,000 names replaced every second", routes: churnRoutes, workers: cpus, fresh: true, ours: true, tests: []stageTest{
+			{name: "churn", once: true, args: []string{"churn", "-table", strconv.Itoa(churnRoutes), "-pairs", strconv.Itoa(2*s.pairs), "-timeout", "85s"}},
+		}},
+		{name: "flood", about: "hellos that are not completed", routes: smallRoutes, workers: cpus, fresh: true, ours: true, tests: []stageTest{
+			{name: "flood", once: true, args: []string{"flood", "-half", strconv.Itoa(s.half), "-pairs", strconv.Itoa(s.pairs), "-timeout", "85s"}},
+		}},
+		{name: "faults", about: "endpoints that fail", ours: true, inside: true, tests: []stageTest{
+			{name: "faults", once: true, args: []string{"faults"}},
+		}},
+		{name: "torture", about: "broken hellos", routes: smallRoutes, workers: cpus, fresh: true, ours: true, tests: []stageTest{
+			{name: "torture", once: true, args: []string{"torture", "-for", s.torture.String()}},
+		}},
 	}
 }
 
@@ -108,7 +132,7 @@ func runBench(ctx context.Context, fs *flag.FlagSet, args []string) error {
 	dir := fs.String("dir", "bin/bench", "working `directory`")
 	quick := fs.Bool("quick", false, "fewer and shorter rounds: for a look, not for the record")
 	only := fs.String("only", "", "contenders, comma-separated; default is all that are installed")
-	which := fs.String("stages", "", "stages, comma-separated: conn, tls, bulk, idle, big, pin; default is all")
+	which := fs.String("stages", "", "stages, comma-separated: conn, tls, bulk, idle, big, pin, many, churn, flood, faults, torture; default is all")
 	goBench := fs.String("go-bench", "", "`file` with output of go test -bench, for the report")
 	report := fs.String("o", "", "`file` for the report; without, it is printed only")
 	var extra extras
@@ -140,8 +164,9 @@ func runBench(ctx context.Context, fs *flag.FlagSet, args []string) error {
 	info.Quick = *quick
 	names := split(*only)
 	list := slices.DeleteFunc(contenders(*sluice, b.dir), func(c contender) bool {
-		return len(names) > 0 && !slices.Contains(names, c.name) || len(names) == 0 && *quick && c.full
+		return len(names) > 0 && !slices.Contains(names, c.name)
 	})
+	b.quick = *quick && len(names) == 0
 	for _, c := range append(list, extra...) {
 		if !c.installed() {
 			fmt.Printf("skipped: %s is not installed\n", c.name)
@@ -225,7 +250,7 @@ func (b *bench) stage(ctx context.Context, s stage) error {
 		if s.pinned {
 			pin(processTree(p.pid()), 0)
 		}
-		if len(c.command) > 0 && !s.pinned {
+		if len(c.command) > 0 && !s.pinned && !s.ours {
 			test := fmt.Sprintf("start%d", s.routes)
 			b.results.add(sample{Test: test, Contender: c.name, Round: b.results.next(test, c.name), Metrics: map[string]float64{
 				"took": p.took.Seconds(), "base": float64(memoryOf(processTree(p.pid())).rss),
@@ -240,14 +265,18 @@ func (b *bench) stage(ctx context.Context, s stage) error {
 		}
 	}()
 	candidates := slices.Clone(b.list)
-	if i := slices.IndexFunc(candidates, func(c contender) bool { return c.name == ours }); i >= 0 && s.routes != smallRoutes {
+	if i := slices.IndexFunc(candidates, func(c contender) bool { return c.name == ours }); i >= 0 && s.routes != smallRoutes && !s.ours {
 		few := candidates[i]
 		few.name, few.routes = oursFew, smallRoutes
 		candidates = append(candidates, few)
 	}
 	port := 21000
 	for _, c := range candidates {
-		if slices.Contains(s.skip, c.name) {
+		switch {
+		case slices.Contains(s.skip, c.name), s.ours && c.engine == "", !s.ours && c.full && b.quick:
+			continue
+		case s.inside:
+			list = append(list, &process{contender: c})
 			continue
 		}
 		port++
@@ -266,14 +295,17 @@ func (b *bench) stage(ctx context.Context, s stage) error {
 	}
 	for _, t := range s.tests {
 		rounds := b.sizes.rounds
-		if t.few {
+		switch {
+		case t.few:
 			rounds = b.sizes.fewRounds
+		case t.once:
+			rounds = 1
 		}
 		for round := range rounds {
 			for i := range list {
 				// Who comes first has no advantage for ever.
 				k := (i + round) % len(list)
-				if s.fresh {
+				if s.fresh && !s.inside {
 					p, err := run(list[k].contender, int(list[k].addr.Port()))
 					if err != nil {
 						return err
@@ -299,7 +331,16 @@ func (b *bench) measure(ctx context.Context, p *process, t stageTest, round int)
 	if len(p.command) == 0 && t.args[0] == "handshake" {
 		target = tlsAddr
 	}
-	args := append(slices.Clone(t.args), "-target", target.String(), "-pid", strconv.Itoa(p.pid()), "-backend-pid", strconv.Itoa(b.backend.pid()))
+	args := append(slices.Clone(t.args), "-pid", strconv.Itoa(p.pid()), "-backend-pid", strconv.Itoa(b.backend.pid()))
+	if target.IsValid() {
+		args = append(args, "-target", target.String())
+	}
+	switch t.args[0] {
+	case "churn":
+		args = append(args, "-file", p.routesPath)
+	case "faults":
+		args = append(args, "-engine", p.engine)
+	}
 	if p.routes > 0 {
 		args = append(args, "-routes", strconv.Itoa(p.routes))
 	}

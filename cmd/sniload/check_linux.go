@@ -20,7 +20,7 @@ import (
 func runCheck(ctx context.Context, fs *flag.FlagSet, args []string) (err error) {
 	sluice := fs.String("sluice", "bin/sluice", "`path` of sluice")
 	dir := fs.String("dir", "bin/bench", "working `directory`")
-	only := fs.String("only", ours+",sluice-netpoll", "contenders, comma-separated")
+	only := fs.String("only", ours+","+oursPortable, "contenders, comma-separated")
 	var extra extras
 	fs.Var(&extra, "contender", "`name=command` of one more; {port}, {routes} and {workers} are filled in. May be repeated")
 	if err := fs.Parse(args); err != nil {

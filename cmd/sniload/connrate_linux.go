@@ -26,6 +26,7 @@ type connRate struct {
 	started int
 	out     outcome
 	lat     []time.Duration
+	next    func() [][]byte // the hellos to use; nil are those of the load
 }
 
 func runConnRate(ctx context.Context, fs *flag.FlagSet, args []string) error {
@@ -64,17 +65,25 @@ func (r *connRate) open(ctx context.Context, n int) error {
 		if len(events) == 0 && ctx.Err() != nil {
 			return fmt.Errorf("%d of %d connections have ended: %w", len(r.lat)+r.out.Failed, n, context.Cause(ctx))
 		}
-		for _, ev := range events {
-			if a := r.byFD[int(ev.Fd)]; a != nil {
-				r.event(a, ev.Events)
-			}
-		}
+		r.handle(events)
 	}
 	return nil
 }
 
+func (r *connRate) handle(events []unix.EpollEvent) {
+	for _, ev := range events {
+		if a := r.byFD[int(ev.Fd)]; a != nil {
+			r.event(a, ev.Events)
+		}
+	}
+}
+
 func (r *connRate) start() {
-	hello := r.hellos[r.started%len(r.hellos)]
+	hellos := r.hellos
+	if r.next != nil {
+		hellos = r.next()
+	}
+	hello := hellos[r.started%len(hellos)]
 	r.started++
 	fd, err := r.socket()
 	if err != nil {

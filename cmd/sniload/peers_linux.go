@@ -15,6 +15,8 @@ import (
 	"runtime"
 	"strings"
 	"text/template"
+
+	"github.com/sluicemesh/sluice/gateway/sni"
 )
 
 //go:embed peers
@@ -33,6 +35,7 @@ type contender struct {
 	debian  []string // packages
 	full    bool     // not in a quick run
 	routes  int      // other than the stage's; 0 is the stage's
+	engine  string   // of the forwarder of this repository
 }
 
 // contenders lists what there is to compare: ours, the peers, and nothing.
@@ -49,8 +52,8 @@ func contenders(sluice, dir string) []contender {
 		{name: "sniproxy", command: []string{"sniproxy", "-f", "-c", "{config}"}, config: "sniproxy.conf", version: []string{"sniproxy", "-V"}, debian: []string{"sniproxy"}},
 		{name: "envoy", command: []string{envoy, "-c", "{config}", "--concurrency", "{workers}", "--disable-hot-restart", "--log-level", "error"},
 			config: "envoy.yaml", version: []string{envoy, "--version"}},
-		{name: ours, command: forward("auto"), version: []string{sluice, "version"}},
-		{name: "sluice-netpoll", command: forward("netpoll"), full: true},
+		{name: ours, command: forward(sni.EngineAuto), engine: sni.EngineAuto, version: []string{sluice, "version"}},
+		{name: oursPortable, command: forward(sni.EngineNetpoll), engine: sni.EngineNetpoll, full: true},
 		{name: direct},
 	}
 }

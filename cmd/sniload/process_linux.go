@@ -26,6 +26,8 @@ type process struct {
 	exited  chan struct{}
 	took    time.Duration // from its start until it accepted
 	logPath string
+
+	routesPath string
 }
 
 func (p *process) pid() int {
@@ -43,6 +45,7 @@ func start(ctx context.Context, c contender, s setup) (*process, error) {
 		return p, nil
 	}
 	routes := filepath.Join(s.Dir, fmt.Sprintf("routes-%d.txt", len(s.Routes)))
+	p.routesPath = routes
 	if err := os.WriteFile(routes, routesFile(s.Routes), 0o644); err != nil {
 		return nil, err
 	}

@@ -15,7 +15,10 @@ const (
 )
 
 // The sets of routes.
-const smallRoutes, bigRoutes = 64, 100_000
+const smallRoutes, bigRoutes, churnRoutes = 64, 100_000, 10_000
+
+// manyConns are what two descriptors each of a usual limit of 20,000 allow.
+const manyConns = 9000
 
 var tlsAddr = netip.MustParseAddrPort("127.1.0.200:19444")
 

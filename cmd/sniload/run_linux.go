@@ -25,6 +25,10 @@ var commands = []struct {
 	{"bulk", "load: gigabytes", runBulk},
 	{"pingpong", "load: small messages", runPingPong},
 	{"idle", "load: connections that are only open", runIdle},
+	{"churn", "load: short connections while the table is replaced", runChurn},
+	{"flood", "load: short connections among many that say nothing", runFlood},
+	{"torture", "load: hellos that are broken, slow, huge or in pieces", runTorture},
+	{"faults", "check what comes of endpoints that fail", runFaults},
 	{"handshake", "load: mutual TLS handshakes", runHandshake},
 }
 
