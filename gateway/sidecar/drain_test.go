@@ -108,7 +108,7 @@ func TestDrain(t *testing.T) {
 	ping(t, c)
 	await(t, func() (int, bool) { // the bytes come before they are counted
 		open := web.Connections(10)
-		return 0, len(open) == 1 && open[0].BytesOut == 4
+		return 0, len(open) == 1 && open[0].BytesIn == 4 && open[0].BytesOut == 4
 	})
 	if diff := cmp.Diff([]gateway.Connection{{
 		Listener: "api", Client: c.LocalAddr().String(), Cluster: "api", Endpoint: web.Status().Clusters[0].Endpoints[0].Address,
