@@ -113,7 +113,7 @@ func stages(s sizes, cpus int) []stage {
 			{name: "many", once: true, args: []string{"idle", "-c", strconv.Itoa(manyConns), "-hold", s.hold.String()}},
 		}},
 		{name: "churn", about: "10,000 names replaced every second", routes: churnRoutes, workers: cpus, fresh: true, ours: true, tests: []stageTest{
-			{name: "churn", once: true, args: []string{"churn", "-table", strconv.Itoa(churnRoutes), "-pairs", strconv.Itoa(2*s.pairs), "-timeout", "85s"}},
+			{name: "churn", once: true, args: []string{"churn", "-table", strconv.Itoa(churnRoutes), "-pairs", strconv.Itoa(2 * s.pairs), "-timeout", "85s"}},
 		}},
 		{name: "flood", about: "hellos that are not completed", routes: smallRoutes, workers: cpus, fresh: true, ours: true, tests: []stageTest{
 			{name: "flood", once: true, args: []string{"flood", "-half", strconv.Itoa(s.half), "-pairs", strconv.Itoa(s.pairs), "-timeout", "85s"}},

@@ -206,13 +206,13 @@ func (p *paced) churn(ctx context.Context, c *churn) error {
 		}
 	}
 	p.next = func() [][]byte { return *c.hellos.Load() }
-	settle(ctx, 300*time.Millisecond)
+	settle(ctx, p.rest)
 	before := memoryOf(p.proxies)
 	c.took = nil
 	if err := p.run(ctx, c.start); err != nil {
 		return err
 	}
-	settle(ctx, 500*time.Millisecond)
+	settle(ctx, p.rest)
 	after := memoryOf(p.proxies)
 	m := p.out.Metrics
 	m["tables"] = float64(len(c.took))

@@ -32,7 +32,6 @@ type faults struct {
 	fw    *sni.Forwarder
 	good  netip.AddrPort
 	table *gateway.Table
-	out   outcome
 
 	calls, cut, cutOf, stalled, stalledOf int
 }

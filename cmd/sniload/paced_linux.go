@@ -18,10 +18,11 @@ type paced struct {
 	rate             int
 	pairs            int
 	quiet, disturbed time.Duration
+	rest             time.Duration // between them
 }
 
 func newPaced(fs *flag.FlagSet, disturbed time.Duration) *paced {
-	p := &paced{connRate: &connRate{load: newLoad(fs, 1), byFD: map[int]*attempt{}}}
+	p := &paced{connRate: &connRate{load: newLoad(fs, 1), byFD: map[int]*attempt{}}, rest: 300 * time.Millisecond}
 	fs.IntVar(&p.rate, "rate", 500, "connections per second")
 	fs.IntVar(&p.pairs, "pairs", 3, "pairs of a quiet and a disturbed time")
 	fs.DurationVar(&p.quiet, "quiet", 2*time.Second, "quiet time of a pair")
@@ -82,7 +83,7 @@ func (p *paced) run(ctx context.Context, disturb func(ctx context.Context) (stop
 			quiets, loads, ratios = append(quiets, quiet), append(loads, load), append(ratios, load/quiet)
 			medians = append(medians, percentile(lat, .5))
 		}
-		settle(ctx, 300*time.Millisecond)
+		settle(ctx, p.rest)
 	}
 	busy, path = machineBusy()-busy, spentBy(p.proxies).cpu+spentBy(p.others).cpu-path
 	p.out.Metrics = map[string]float64{
