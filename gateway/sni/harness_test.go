@@ -119,11 +119,15 @@ func (f *testForwarder) refused(c net.Conn) gateway.Refusal {
 	if len(b) > 0 || errors.Is(err, os.ErrDeadlineExceeded) {
 		f.t.Fatalf("want the connection closed, got %d bytes, %v", len(b), err)
 	}
-	s := f.Status()
-	if len(s.Refused) == 0 {
-		f.t.Fatal("no refusal is remembered")
+	// One that is shed is closed by another goroutine than the one that tells of it.
+	f.untilCounted(func(s gateway.Status) bool { return len(s.Refused) > 0 })
+	refused := f.Status().Refused
+	for _, r := range refused {
+		if r.Peer == c.LocalAddr().String() {
+			return r
+		}
 	}
-	return s.Refused[0]
+	return refused[0]
 }
 
 func (f *testForwarder) cluster(name string) gateway.ClusterStatus {

@@ -57,6 +57,7 @@ type netpollConn struct {
 	why        atomic.Int32     // closeReason of the end; the first that is set counts
 	shed       atomic.Bool      // closed because others wait too
 	source     *source          // accounts the connection; nil where sources are not limited
+	served     func()           // ends the wait for the hello
 
 	// peer is the source, as the kernel or a PROXY header says; local the address it
 	// connected to. Guarded by the engine's mutex once serve has begun.
@@ -253,6 +254,9 @@ func (e *netpoll) accept(l *listener, ln *netpollListener) {
 			p.cause(closeStopped)
 			p.close()
 		}
+		// Here and not in its goroutine: they are not run in the order in which their
+		// connections came, and the one that has waited longest is to be shed.
+		p.served = e.wait(p, l.terms.Load().hellos)
 		e.wg.Go(func() { e.serve(p) })
 	}
 }
@@ -282,14 +286,14 @@ func (e *netpoll) serve(p *netpollConn) {
 	}()
 	t := p.l.terms.Load()
 	if limit := p.l.admit(t, p.born); limit != "" {
+		p.served()
 		refuse(nil, 0, gateway.RefuseLimit, limit)
 		return
 	}
 	bp := e.bufs.Get().(*[]byte)
 	var h hello
-	done := e.wait(p, t.hellos)
 	n, reason, detail := e.readHello(p, t, bp, &h)
-	done()
+	p.served()
 	if p.shed.Load() && reason == gateway.RefuseClientGone {
 		reason, detail = gateway.RefuseLimit, "pending hellos of the listener"
 	}
