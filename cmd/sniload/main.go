@@ -8,7 +8,7 @@
 // when others use the machine as well: contenders take turns, and ratios are made
 // within a turn.
 //
-// The load is made without the standard library's network package: a generator
+// The load that is measured is made without the standard library's network package: a generator
 // that costs more than what it measures measures itself. So it is Linux only.
 //
 // The backend reads one ClientHello, of whatever number of records, answers with
