@@ -74,6 +74,7 @@ type call struct {
 	*env
 	args []string
 	conn connection
+	api  *api.Client // nil for a command that speaks to no agent
 }
 
 var (
@@ -162,6 +163,10 @@ func (c *command) Run(args []string) int {
 		return exitUsage
 	}
 	call.args = fs.Args()
+	if err := call.prepare(c); err != nil {
+		c.e.fail(err)
+		return exitUsage
+	}
 	if err := c.run(call); err != nil {
 		if code := exitCode(0); errors.As(err, &code) {
 			return int(code)
@@ -172,6 +177,18 @@ func (c *command) Run(args []string) int {
 		return exitError
 	}
 	return exitOK
+}
+
+// prepare refuses arguments that the command does not take, and makes the client
+// of one that speaks to an agent.
+func (c *call) prepare(cmd *command) (err error) {
+	if cmd.args == "" && len(c.args) > 0 {
+		return usage("too many arguments: %q", strings.Join(c.args, " "))
+	}
+	if cmd.http {
+		c.api, err = c.client()
+	}
+	return err
 }
 
 // fail prints an error, and beside it what can be done.
@@ -253,14 +270,6 @@ func (c *call) connect() (*api.Client, *api.Config, error) {
 
 // query returns the options of a read.
 func (c *call) query() *api.QueryOptions { return &api.QueryOptions{AllowStale: c.conn.stale} }
-
-// noArgs refuses arguments.
-func (c *call) noArgs() error {
-	if len(c.args) > 0 {
-		return usage("too many arguments: %q", strings.Join(c.args, " "))
-	}
-	return nil
-}
 
 // table prints rows under a header, columns aligned.
 func (c *call) table(rows ...[]string) {

@@ -29,24 +29,20 @@ func (e *env) configCommands() []*command {
 				if len(c.args) != 1 {
 					return usage("name one file, or - for standard input")
 				}
-				client, err := c.client()
-				if err != nil {
-					return err
-				}
 				entries, err := c.entries(c.args[0])
 				if err != nil {
 					return err
 				}
 				for _, e := range entries {
 					if cas {
-						ok, _, err := client.ConfigEntries().CAS(e, index, nil)
+						ok, _, err := c.api.ConfigEntries().CAS(e, index, nil)
 						if err != nil {
 							return fmt.Errorf("write %s/%s: %w", e.GetKind(), e.GetName(), err)
 						}
 						if !ok {
 							return fmt.Errorf("write %s/%s: it is not as it was at index %d", e.GetKind(), e.GetName(), index)
 						}
-					} else if _, _, err := client.ConfigEntries().Set(e, nil); err != nil {
+					} else if _, _, err := c.api.ConfigEntries().Set(e, nil); err != nil {
 						return fmt.Errorf("write %s/%s: %w", e.GetKind(), e.GetName(), err)
 					}
 					fmt.Fprintf(c.out, "Config entry written: %s/%s\n", e.GetKind(), e.GetName())
@@ -57,17 +53,10 @@ func (e *env) configCommands() []*command {
 		{
 			name: "config read", http: true, synopsis: "Print a configuration entry", flags: selectors,
 			run: func(c *call) error {
-				if err := c.noArgs(); err != nil {
-					return err
-				}
 				if kind == "" || name == "" {
 					return usage("-kind and -name say which entry")
 				}
-				client, err := c.client()
-				if err != nil {
-					return err
-				}
-				e, _, err := client.ConfigEntries().Get(kind, name, c.query())
+				e, _, err := c.api.ConfigEntries().Get(kind, name, c.query())
 				if err != nil {
 					return fmt.Errorf("read %s/%s: %w", kind, name, err)
 				}
@@ -83,17 +72,10 @@ func (e *env) configCommands() []*command {
 			name: "config list", http: true, synopsis: "List the configuration entries of a kind",
 			flags: func(fs *flag.FlagSet) { fs.StringVar(&kind, "kind", "", "`kind` of the entries") },
 			run: func(c *call) error {
-				if err := c.noArgs(); err != nil {
-					return err
-				}
 				if kind == "" {
 					return usage("-kind says which entries")
 				}
-				client, err := c.client()
-				if err != nil {
-					return err
-				}
-				list, _, err := client.ConfigEntries().List(kind, c.query())
+				list, _, err := c.api.ConfigEntries().List(kind, c.query())
 				if err != nil {
 					return fmt.Errorf("list %s: %w", kind, err)
 				}
@@ -112,13 +94,6 @@ func (e *env) configCommands() []*command {
 				fs.Uint64Var(&index, "modify-index", 0, "`index` that -cas compares with")
 			},
 			run: func(c *call) error {
-				if err := c.noArgs(); err != nil {
-					return err
-				}
-				client, err := c.client()
-				if err != nil {
-					return err
-				}
 				type key struct{ kind, name string }
 				keys := []key{{kind, name}}
 				switch {
@@ -138,14 +113,14 @@ func (e *env) configCommands() []*command {
 				}
 				for _, k := range keys {
 					if cas {
-						ok, _, err := client.ConfigEntries().DeleteCAS(k.kind, k.name, index, nil)
+						ok, _, err := c.api.ConfigEntries().DeleteCAS(k.kind, k.name, index, nil)
 						if err != nil {
 							return fmt.Errorf("delete %s/%s: %w", k.kind, k.name, err)
 						}
 						if !ok {
 							return fmt.Errorf("delete %s/%s: it is not as it was at index %d", k.kind, k.name, index)
 						}
-					} else if _, err := client.ConfigEntries().Delete(k.kind, k.name, nil); err != nil {
+					} else if _, err := c.api.ConfigEntries().Delete(k.kind, k.name, nil); err != nil {
 						return fmt.Errorf("delete %s/%s: %w", k.kind, k.name, err)
 					}
 					fmt.Fprintf(c.out, "Config entry deleted: %s/%s\n", k.kind, k.name)

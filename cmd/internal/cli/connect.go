@@ -14,12 +14,11 @@ func (e *env) connectCommands() []*command {
 	var allow, deny, replace, destination, source bool
 	var file, description string
 	// exact takes the two names of an intention.
-	exact := func(c *call) (*api.Client, string, string, error) {
+	exact := func(c *call) (source, destination string, err error) {
 		if len(c.args) != 2 {
-			return nil, "", "", usage("name the source and the destination")
+			return "", "", usage("name the source and the destination")
 		}
-		client, err := c.client()
-		return client, c.args[0], c.args[1], err
+		return c.args[0], c.args[1], nil
 	}
 	return []*command{
 		{
@@ -32,7 +31,7 @@ func (e *env) connectCommands() []*command {
 				fs.StringVar(&description, "description", "", "`text` that says what it is for")
 			},
 			run: func(c *call) error {
-				client, src, dst, err := exact(c)
+				src, dst, err := exact(c)
 				if err != nil {
 					return err
 				}
@@ -44,7 +43,7 @@ func (e *env) connectCommands() []*command {
 					i.Action = api.IntentionActionDeny
 				}
 				if !replace {
-					old, _, err := client.Connect().IntentionGetExact(src, dst, nil)
+					old, _, err := c.api.Connect().IntentionGetExact(src, dst, nil)
 					if err != nil {
 						return fmt.Errorf("read intention %s => %s: %w", src, dst, err)
 					}
@@ -52,7 +51,7 @@ func (e *env) connectCommands() []*command {
 						return fmt.Errorf("create intention: %s => %s exists (%s); -replace replaces it", src, dst, old.Action)
 					}
 				}
-				if _, err := client.Connect().IntentionUpsert(i, nil); err != nil {
+				if _, err := c.api.Connect().IntentionUpsert(i, nil); err != nil {
 					return fmt.Errorf("create intention %s => %s: %w", src, dst, err)
 				}
 				fmt.Fprintf(c.out, "Created: %s => %s (%s)\n", src, dst, i.Action)
@@ -62,11 +61,11 @@ func (e *env) connectCommands() []*command {
 		{
 			name: "intention delete", args: "SOURCE DESTINATION", http: true, synopsis: "Delete an intention",
 			run: func(c *call) error {
-				client, src, dst, err := exact(c)
+				src, dst, err := exact(c)
 				if err != nil {
 					return err
 				}
-				if _, err := client.Connect().IntentionDeleteExact(src, dst, nil); err != nil {
+				if _, err := c.api.Connect().IntentionDeleteExact(src, dst, nil); err != nil {
 					return fmt.Errorf("delete intention %s => %s: %w", src, dst, err)
 				}
 				fmt.Fprintln(c.out, "Intention deleted.")
@@ -76,11 +75,11 @@ func (e *env) connectCommands() []*command {
 		{
 			name: "intention get", args: "SOURCE DESTINATION", http: true, synopsis: "Show an intention",
 			run: func(c *call) error {
-				client, src, dst, err := exact(c)
+				src, dst, err := exact(c)
 				if err != nil {
 					return err
 				}
-				i, _, err := client.Connect().IntentionGetExact(src, dst, c.query())
+				i, _, err := c.api.Connect().IntentionGetExact(src, dst, c.query())
 				if err != nil {
 					return fmt.Errorf("read intention %s => %s: %w", src, dst, err)
 				}
@@ -104,14 +103,7 @@ func (e *env) connectCommands() []*command {
 		{
 			name: "intention list", http: true, synopsis: "List the intentions",
 			run: func(c *call) error {
-				if err := c.noArgs(); err != nil {
-					return err
-				}
-				client, err := c.client()
-				if err != nil {
-					return err
-				}
-				list, _, err := client.Connect().Intentions(c.query())
+				list, _, err := c.api.Connect().Intentions(c.query())
 				if err != nil {
 					return fmt.Errorf("list intentions: %w", err)
 				}
@@ -135,11 +127,11 @@ func (e *env) connectCommands() []*command {
 			name: "intention check", args: "SOURCE DESTINATION", http: true, synopsis: "Tell whether a service may connect to another",
 			help: "Prints Allowed and ends with 0, or Denied and ends with 2.",
 			run: func(c *call) error {
-				client, src, dst, err := exact(c)
+				src, dst, err := exact(c)
 				if err != nil {
 					return err
 				}
-				ok, _, err := client.Connect().IntentionCheck(&api.IntentionCheck{Source: src, Destination: dst, SourceType: api.IntentionSourceConsul}, c.query())
+				ok, _, err := c.api.Connect().IntentionCheck(&api.IntentionCheck{Source: src, Destination: dst, SourceType: api.IntentionSourceConsul}, c.query())
 				if err != nil {
 					return fmt.Errorf("check intention %s => %s: %w", src, dst, err)
 				}
@@ -164,15 +156,11 @@ func (e *env) connectCommands() []*command {
 				if source && destination {
 					return usage("-source and -destination exclude each other")
 				}
-				client, err := c.client()
-				if err != nil {
-					return err
-				}
 				by := api.IntentionMatchDestination
 				if source {
 					by = api.IntentionMatchSource
 				}
-				m, _, err := client.Connect().IntentionMatch(&api.IntentionMatch{By: by, Names: c.args}, c.query())
+				m, _, err := c.api.Connect().IntentionMatch(&api.IntentionMatch{By: by, Names: c.args}, c.query())
 				if err != nil {
 					return fmt.Errorf("match intentions of %s: %w", c.args[0], err)
 				}
@@ -189,14 +177,7 @@ func (e *env) connectCommands() []*command {
 		{
 			name: "connect ca get-config", http: true, synopsis: "Print the configuration of the certificate authority",
 			run: func(c *call) error {
-				if err := c.noArgs(); err != nil {
-					return err
-				}
-				client, err := c.client()
-				if err != nil {
-					return err
-				}
-				conf, _, err := client.Connect().CAGetConfig(c.query())
+				conf, _, err := c.api.Connect().CAGetConfig(c.query())
 				if err != nil {
 					return fmt.Errorf("read CA configuration: %w", err)
 				}
@@ -213,9 +194,6 @@ func (e *env) connectCommands() []*command {
 			help:  "Replaces the configuration, which may rotate the root. The file is JSON, as\n`sluice connect ca get-config` prints it; - is standard input.",
 			flags: func(fs *flag.FlagSet) { fs.StringVar(&file, "config-file", "", "`file` with the configuration") },
 			run: func(c *call) error {
-				if err := c.noArgs(); err != nil {
-					return err
-				}
 				if file == "" {
 					return usage("-config-file says what to set")
 				}
@@ -229,11 +207,7 @@ func (e *env) connectCommands() []*command {
 				if err := dec.Decode(conf); err != nil {
 					return fmt.Errorf("%s: %w", file, err)
 				}
-				client, err := c.client()
-				if err != nil {
-					return err
-				}
-				if _, err := client.Connect().CASetConfig(conf, nil); err != nil {
+				if _, err := c.api.Connect().CASetConfig(conf, nil); err != nil {
 					return fmt.Errorf("set CA configuration: %w", err)
 				}
 				fmt.Fprintln(c.out, "Configuration updated!")

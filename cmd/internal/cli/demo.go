@@ -22,9 +22,6 @@ func (e *env) demoCommands() []*command {
 			fs.DurationVar(&o.Timeout, "timeout", time.Minute, "how long the start may take")
 		},
 		run: func(c *call) error {
-			if err := c.noArgs(); err != nil {
-				return err
-			}
 			ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 			defer stop()
 			o.Out = c.out

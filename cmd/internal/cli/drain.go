@@ -69,9 +69,6 @@ func (o *drainOptions) body() (map[string]any, error) {
 }
 
 func (c *call) drain(o *drainOptions) error {
-	if err := c.noArgs(); err != nil {
-		return err
-	}
 	if o.all && o.proxy != "" {
 		return usage("-all and -proxy exclude each other")
 	}
@@ -79,18 +76,14 @@ func (c *call) drain(o *drainOptions) error {
 	if err != nil {
 		return err
 	}
-	client, err := c.client()
-	if err != nil {
-		return err
-	}
-	ids, err := proxiesToDrain(client, o)
+	ids, err := proxiesToDrain(c.api, o)
 	if err != nil {
 		return err
 	}
 	path := func(id string) string { return "/v1/agent/proxy/" + url.PathEscape(id) + "/drain" }
 	if o.cancel {
 		for _, id := range ids {
-			if _, err := client.Raw().Delete(path(id), nil); err != nil {
+			if _, err := c.api.Raw().Delete(path(id), nil); err != nil {
 				return fmt.Errorf("take back the drain of %s: %w", id, err)
 			}
 			fmt.Fprintf(c.out, "%s: in use again\n", id)
@@ -98,7 +91,7 @@ func (c *call) drain(o *drainOptions) error {
 		return nil
 	}
 	for _, id := range ids {
-		_, err := client.Raw().Write(path(id), body, nil, nil)
+		_, err := c.api.Raw().Write(path(id), body, nil, nil)
 		if status := (api.StatusError{}); errors.As(err, &status) && status.Code == http.StatusConflict {
 			fmt.Fprintf(c.out, "%s: is being drained already\n", id) // by its own plan
 			continue
@@ -116,7 +109,7 @@ func (c *call) drain(o *drainOptions) error {
 		var left []string
 		for _, id := range ids {
 			var p gateway.Progress
-			if _, err := client.Raw().Query(path(id), &p, nil); err != nil {
+			if _, err := c.api.Raw().Query(path(id), &p, nil); err != nil {
 				return fmt.Errorf("ask for the drain of %s: %w", id, err)
 			}
 			fmt.Fprintln(c.out, progressLine(id, &p, time.Now()))

@@ -47,9 +47,6 @@ func (e *env) forwardCommands() []*command {
 }
 
 func (f *forwarding) run(c *call) error {
-	if err := c.noArgs(); err != nil {
-		return err
-	}
 	switch {
 	case (f.routes == "") == (f.table == ""):
 		return usage("give either -routes or -table")

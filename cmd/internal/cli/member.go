@@ -26,14 +26,7 @@ func (e *env) memberCommands() []*command {
 				fs.StringVar(&status, "status", ".*", "only members of this `status`: alive, leaving, left or failed")
 			},
 			run: func(c *call) error {
-				if err := c.noArgs(); err != nil {
-					return err
-				}
-				client, err := c.client()
-				if err != nil {
-					return err
-				}
-				members, err := client.Agent().Members(wan)
+				members, err := c.api.Agent().Members(wan)
 				if err != nil {
 					return fmt.Errorf("list members: %w", err)
 				}
@@ -77,13 +70,9 @@ func (e *env) memberCommands() []*command {
 				if len(c.args) == 0 {
 					return usage("name at least one address to join")
 				}
-				client, err := c.client()
-				if err != nil {
-					return err
-				}
 				joined := 0
 				for _, addr := range c.args {
-					if err := client.Agent().Join(addr, wan); err != nil {
+					if err := c.api.Agent().Join(addr, wan); err != nil {
 						fmt.Fprintf(c.err, "error: join %s: %v\n", addr, err)
 						continue
 					}
@@ -99,14 +88,7 @@ func (e *env) memberCommands() []*command {
 		{
 			name: "leave", synopsis: "Make the agent leave the cluster gracefully and stop", http: true,
 			run: func(c *call) error {
-				if err := c.noArgs(); err != nil {
-					return err
-				}
-				client, err := c.client()
-				if err != nil {
-					return err
-				}
-				if err := client.Agent().Leave(); err != nil {
+				if err := c.api.Agent().Leave(); err != nil {
 					return fmt.Errorf("leave: %w", err)
 				}
 				fmt.Fprintln(c.out, "Graceful leave complete")
@@ -123,11 +105,7 @@ func (e *env) memberCommands() []*command {
 				if len(c.args) != 1 {
 					return usage("name one node")
 				}
-				client, err := c.client()
-				if err != nil {
-					return err
-				}
-				err = client.Agent().ForceLeaveOptions(c.args[0], api.ForceLeaveOpts{Prune: prune, WAN: wan}, nil)
+				err := c.api.Agent().ForceLeaveOptions(c.args[0], api.ForceLeaveOpts{Prune: prune, WAN: wan}, nil)
 				if err != nil {
 					return fmt.Errorf("force-leave %s: %w", c.args[0], err)
 				}
@@ -137,14 +115,7 @@ func (e *env) memberCommands() []*command {
 		{
 			name: "reload", synopsis: "Make the agent read its configuration files again", http: true,
 			run: func(c *call) error {
-				if err := c.noArgs(); err != nil {
-					return err
-				}
-				client, err := c.client()
-				if err != nil {
-					return err
-				}
-				if err := client.Agent().Reload(); err != nil {
+				if err := c.api.Agent().Reload(); err != nil {
 					return fmt.Errorf("reload: %w", err)
 				}
 				fmt.Fprintln(c.out, "Configuration reload triggered")

@@ -87,9 +87,6 @@ func (f *proxyFlags) check() error {
 }
 
 func (f *proxyFlags) run(c *call) error {
-	if err := c.noArgs(); err != nil {
-		return err
-	}
 	if err := f.check(); err != nil {
 		return err
 	}

@@ -27,10 +27,6 @@ func (e *env) serviceCommands() []*command {
 				fs.StringVar(&kind, "kind", "", "`kind` of the service: connect-proxy, mesh-gateway or none")
 			},
 			run: func(c *call) error {
-				client, err := c.client()
-				if err != nil {
-					return err
-				}
 				var regs []*api.AgentServiceRegistration
 				switch {
 				case len(c.args) > 0 && name != "":
@@ -40,11 +36,12 @@ func (e *env) serviceCommands() []*command {
 				case len(c.args) == 0:
 					return usage("give files or -name")
 				}
-				if regs, err = c.definitions(regs); err != nil {
+				regs, err := c.definitions(regs)
+				if err != nil {
 					return err
 				}
 				for _, r := range regs {
-					if err := client.Agent().ServiceRegister(r); err != nil {
+					if err := c.api.Agent().ServiceRegister(r); err != nil {
 						return fmt.Errorf("register service %q: %w", r.Name, err)
 					}
 					fmt.Fprintf(c.out, "Registered service: %s\n", r.Name)
@@ -56,10 +53,6 @@ func (e *env) serviceCommands() []*command {
 			name: "services deregister", args: "[FILE...]", http: true, synopsis: "Deregister services from the agent",
 			flags: func(fs *flag.FlagSet) { fs.StringVar(&id, "id", "", "`ID` of the service") },
 			run: func(c *call) error {
-				client, err := c.client()
-				if err != nil {
-					return err
-				}
 				var ids []string
 				switch {
 				case len(c.args) > 0 && id != "":
@@ -77,7 +70,7 @@ func (e *env) serviceCommands() []*command {
 					ids = append(ids, r.ID)
 				}
 				for _, id := range ids {
-					if err := client.Agent().ServiceDeregister(id); err != nil {
+					if err := c.api.Agent().ServiceDeregister(id); err != nil {
 						return fmt.Errorf("deregister service %q: %w", id, err)
 					}
 					fmt.Fprintf(c.out, "Deregistered service: %s\n", id)
@@ -88,14 +81,7 @@ func (e *env) serviceCommands() []*command {
 		{
 			name: "catalog datacenters", http: true, synopsis: "List the datacenters",
 			run: func(c *call) error {
-				if err := c.noArgs(); err != nil {
-					return err
-				}
-				client, err := c.client()
-				if err != nil {
-					return err
-				}
-				dcs, err := client.Catalog().Datacenters()
+				dcs, err := c.api.Catalog().Datacenters()
 				if err != nil {
 					return fmt.Errorf("list datacenters: %w", err)
 				}
@@ -109,19 +95,12 @@ func (e *env) serviceCommands() []*command {
 			name: "catalog nodes", http: true, synopsis: "List the nodes of a datacenter",
 			flags: func(fs *flag.FlagSet) { fs.StringVar(&name, "service", "", "only nodes with this `service`") },
 			run: func(c *call) error {
-				if err := c.noArgs(); err != nil {
-					return err
-				}
-				client, err := c.client()
-				if err != nil {
-					return err
-				}
 				rows := [][]string{{"Node", "ID", "Address", "DC"}}
 				add := func(node, id, addr, dc string) {
 					rows = append(rows, []string{node, strings.SplitN(id, "-", 2)[0], addr, dc})
 				}
 				if name != "" {
-					list, _, err := client.Catalog().Service(name, "", c.query())
+					list, _, err := c.api.Catalog().Service(name, "", c.query())
 					if err != nil {
 						return fmt.Errorf("list nodes of service %q: %w", name, err)
 					}
@@ -129,7 +108,7 @@ func (e *env) serviceCommands() []*command {
 						add(s.Node, s.ID, s.Address, s.Datacenter)
 					}
 				} else {
-					list, _, err := client.Catalog().Nodes(c.query())
+					list, _, err := c.api.Catalog().Nodes(c.query())
 					if err != nil {
 						return fmt.Errorf("list nodes: %w", err)
 					}
@@ -148,16 +127,9 @@ func (e *env) serviceCommands() []*command {
 				fs.BoolVar(&tags, "tags", false, "show the tags")
 			},
 			run: func(c *call) error {
-				if err := c.noArgs(); err != nil {
-					return err
-				}
-				client, err := c.client()
-				if err != nil {
-					return err
-				}
 				services := map[string][]string{}
 				if name != "" {
-					n, _, err := client.Catalog().Node(name, c.query())
+					n, _, err := c.api.Catalog().Node(name, c.query())
 					if err != nil {
 						return fmt.Errorf("list services of node %q: %w", name, err)
 					}
@@ -167,8 +139,11 @@ func (e *env) serviceCommands() []*command {
 					for _, s := range n.Services {
 						services[s.Service] = append(services[s.Service], s.Tags...)
 					}
-				} else if services, _, err = client.Catalog().Services(c.query()); err != nil {
-					return fmt.Errorf("list services: %w", err)
+				} else {
+					var err error
+					if services, _, err = c.api.Catalog().Services(c.query()); err != nil {
+						return fmt.Errorf("list services: %w", err)
+					}
 				}
 				var rows [][]string
 				for _, s := range sorted(services) {
