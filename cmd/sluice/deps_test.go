@@ -39,7 +39,7 @@ var allowed = map[string][]string{
 	"cmd/internal/cli":      {"vocab", "agent", "agent/config", "agent/httpapi", "agent/view", "proxycfg", "gateway", "gateway/sni", "gateway/sidecar", "cmd/internal/demo"},
 	"cmd/internal/demo":     {"vocab", "gateway"},
 	"cmd/sluice":            {"cmd/internal/cli"},
-	"cmd/sniload":           {},
+	"cmd/sniload":           {"gateway", "gateway/sni"},
 }
 
 var vocab = []string{"acl", "agent/catalog", "agent/configentry", "agent/connect"}
