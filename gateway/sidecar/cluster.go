@@ -150,11 +150,12 @@ func (c *cluster) choose(eps []*endpoint) {
 		rand.Shuffle(len(eps), func(i, j int) { eps[i], eps[j] = eps[j], eps[i] })
 	default: // the less loaded of two, drawn by weight
 		rand.Shuffle(len(eps), func(i, j int) { eps[i], eps[j] = eps[j], eps[i] })
-		a, b := c.draw(eps), c.draw(eps)
-		if load(eps[b]) < load(eps[a]) {
-			a = b
-		}
+		a := c.draw(eps)
 		eps[0], eps[a] = eps[a], eps[0]
+		b := 1 + c.draw(eps[1:])
+		if load(eps[b]) < load(eps[0]) {
+			eps[0], eps[b] = eps[b], eps[0]
+		}
 	}
 }
 

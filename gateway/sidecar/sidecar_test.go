@@ -407,3 +407,16 @@ func TestReasons(t *testing.T) {
 		}
 	}
 }
+
+// TestLeastConnections uses the idle one of two endpoints, whatever is drawn.
+func TestLeastConnections(t *testing.T) {
+	c := newCluster(&gateway.Cluster{Endpoints: []gateway.Endpoint{
+		{Address: "10.0.0.1", Port: 1, Healthy: true, Weight: 1}, {Address: "10.0.0.2", Port: 1, Healthy: true, Weight: 1},
+	}}, nil)
+	c.endpoints[0].active.Add(1)
+	for range 100 {
+		if got := c.candidates()[0]; got != c.endpoints[1] {
+			t.Fatalf("chose %s, which is busy", got.address)
+		}
+	}
+}

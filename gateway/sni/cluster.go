@@ -236,7 +236,8 @@ func (d *dial) pick(t *tier, now int64, ejected bool) *endpoint {
 			return ep
 		}
 	default:
-		a, b := t.random(), t.random()
+		a := t.random()
+		b := t.another(a)
 		okA, okB := d.eligible(a.ep, now, ejected), d.eligible(b.ep, now, ejected)
 		switch {
 		case okA && (!okB || !b.lessLoaded(a)):
@@ -292,6 +293,16 @@ func (t *tier) at(point uint32) *member {
 }
 
 func (t *tier) random() *member { return t.at(rand.Uint32N(t.total)) }
+
+// another draws by weight among all but m: of two that were the same one, the
+// choice would be none.
+func (t *tier) another(m *member) *member {
+	point := rand.Uint32N(t.total - m.weight)
+	if point >= m.upto-m.weight {
+		point += m.weight
+	}
+	return t.at(point)
+}
 
 // roundRobin takes the next turn of the round.
 func (t *tier) roundRobin() *member {
