@@ -20,7 +20,7 @@ func TestSecretDoesNotPrint(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, text := range map[string]string{
-		"%v": fmt.Sprintf("%v", s), "%s": fmt.Sprintf("%s", s), "%q": fmt.Sprintf("%q", s), "%+v": fmt.Sprintf("%+v", struct{ T Secret }{s}),
+		"%v": fmt.Sprintf("%v", s), "%s": fmt.Sprintf("token %s", s), "%q": fmt.Sprintf("%q", s), "%+v": fmt.Sprintf("%+v", struct{ T Secret }{s}),
 		"%#v": fmt.Sprintf("%#v", struct{ T Secret }{s}), "String": s.String(), "JSON": string(b), "error": fmt.Errorf("token %v", s).Error(),
 	} {
 		if strings.Contains(text, hidden) {
