@@ -204,7 +204,7 @@ func hintFor(err error) string {
 	if h := (hinted{}); errors.As(err, &h) {
 		return h.hint
 	}
-	text := err.Error()
+	text, _, _ := strings.Cut(err.Error(), "\n") // what follows may be somebody's log
 	switch {
 	case strings.Contains(text, "connection refused"):
 		return "is an agent running there? -http-addr or CONSUL_HTTP_ADDR says where to ask; `sluice agent -dev` starts one"

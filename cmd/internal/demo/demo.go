@@ -102,15 +102,28 @@ func Run(ctx context.Context, o Options) (err error) {
 		return nil
 	}
 	d.suggest()
-	select {
-	case <-ctx.Done():
-		fmt.Fprintf(o.Out, "\nStopping both agents.\n")
-		return nil
-	case err := <-d.dc1.exited:
-		return d.withLog(fmt.Errorf("the agent of dc1 ended: %w", orEnded(err)))
-	case err := <-d.dc2.exited:
-		return d.withLog(fmt.Errorf("the agent of dc2 ended: %w", orEnded(err)))
+	return d.watch(ctx)
+}
+
+// watch stays until ctx ends or no agent is left. One that ends, as whoever tries
+// things may want, is told of with the command that starts it again.
+func (d *demo) watch(ctx context.Context) error {
+	one, two := d.dc1.exited, d.dc2.exited
+	for one != nil || two != nil {
+		var s *site
+		var err error
+		select {
+		case <-ctx.Done():
+			fmt.Fprintf(d.Out, "\nStopping both agents.\n")
+			return nil
+		case err = <-one:
+			s, one = d.dc1, nil
+		case err = <-two:
+			s, two = d.dc2, nil
+		}
+		fmt.Fprintf(d.Out, "\nThe agent of %s ended: %v\n  start it again   %s agent -config-dir %s\n", s.name, orEnded(err), d.Binary, filepath.Join(s.dir, "config"))
 	}
+	return errors.New("both agents have ended")
 }
 
 func orEnded(err error) error {
