@@ -258,9 +258,6 @@ func (a *Agent) Close() {
 	}
 }
 
-// Node returns the name of the node and of its datacenter.
-func (a *Agent) Node() (name, datacenter string) { return a.node.Node, a.node.Datacenter }
-
 // HTTPAddrs returns the addresses that the API is served at.
 func (a *Agent) HTTPAddrs() []string {
 	var addrs []string

@@ -34,13 +34,6 @@ func IsConnectProxy(s *Service) bool { return s != nil && s.Kind == KindConnectP
 // IsConnectNative reports whether s accepts mutual TLS itself.
 func IsConnectNative(s *Service) bool { return s != nil && s.Connect != nil && s.Connect.Native }
 
-// IsConnect reports whether s accepts mutual TLS for some service, its own or
-// the one it stands in front of.
-func IsConnect(s *Service) bool {
-	_, ok := DestinationOf(s)
-	return ok
-}
-
 // IsProxy reports whether s runs a data plane: a sidecar or a gateway. These are
 // the services that central configuration is merged into.
 func IsProxy(s *Service) bool { return s != nil && (s.Kind == KindConnectProxy || IsGateway(s.Kind)) }
