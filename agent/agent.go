@@ -30,6 +30,7 @@ import (
 	"github.com/sluicemesh/sluice/agent/connect"
 	"github.com/sluicemesh/sluice/agent/httpapi"
 	"github.com/sluicemesh/sluice/agent/local"
+	"github.com/sluicemesh/sluice/agent/telemetry"
 	"github.com/sluicemesh/sluice/agent/view"
 	"github.com/sluicemesh/sluice/gateway"
 	"github.com/sluicemesh/sluice/gateway/sidecar"
@@ -74,7 +75,7 @@ type Agent struct {
 	syncer    *local.Syncer
 	central   *local.Central
 	handler   *httpapi.Handler
-	telemetry *telemetry
+	telemetry *telemetry.Telemetry
 	listeners []boundListener
 	logFile   *logFile
 	lock      *os.File // of the data directory
@@ -129,7 +130,7 @@ func New(opts Options) (_ *Agent, err error) {
 	}
 
 	// Telemetry first: raft and serf report to the global sink from their start.
-	if a.telemetry, err = newTelemetry(rt); err != nil {
+	if a.telemetry, err = telemetry.Open(rt.Telemetry); err != nil {
 		return nil, err
 	}
 	if a.member, err = newMember(rt, id, opts, a.log); err != nil {
@@ -172,7 +173,7 @@ func New(opts Options) (_ *Agent, err error) {
 		HoldTimeout: rt.Performance.RPCHold, NoConnect: !rt.Connect.Enabled, WANFederationViaGateways: rt.Cluster.MeshGatewayWANFederation,
 		Dev: rt.HTTP.Pretty, ResponseHeaders: rt.HTTP.ResponseHeaders, BlockEndpoints: rt.HTTP.BlockEndpoints,
 		AllowWriteFrom: rt.HTTP.AllowWriteFrom,
-		Metrics:        a.telemetry.display, Prometheus: a.telemetry.prometheus(),
+		Metrics:        a.telemetry.Display, Prometheus: a.telemetry.Prometheus(),
 		Logger: a.log,
 	})
 	a.member.SetHandler(a.handler)
@@ -215,7 +216,7 @@ func New(opts Options) (_ *Agent, err error) {
 		return nil, err
 	}
 
-	a.reporter = &gateway.Reporter{Status: a.runner.Status, Sink: a.telemetry.global, Interval: metricsInterval}
+	a.reporter = &gateway.Reporter{Status: a.runner.Status, Sink: a.telemetry.Sink(), Interval: telemetry.Interval}
 
 	if a.listeners, err = bindHTTP(rt); err != nil {
 		return nil, err
@@ -239,7 +240,7 @@ func (a *Agent) Close() {
 	}
 	a.listeners = nil
 	if a.telemetry != nil {
-		a.telemetry.close()
+		a.telemetry.Close()
 	}
 	if a.pidFile != "" {
 		errs = append(errs, os.Remove(a.pidFile))

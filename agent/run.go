@@ -42,7 +42,7 @@ func (a *Agent) parts() []part {
 		{"runner", a.runner.Run},
 		// It reads what the data planes say, and reports once more before they stop.
 		{"metrics", a.reporter.Run},
-		{"runtime metrics", a.telemetry.run},
+		{"runtime metrics", a.telemetry.Run},
 		// The API is served from the moment there is something to answer with, and
 		// is the first to stop: nothing new comes in while the rest goes.
 		{"http", a.serveHTTP},

@@ -1,4 +1,7 @@
-package agent
+// Package telemetry is where metrics go: to memory for the API, and to Prometheus
+// and statsd where they are configured. Raft, serf and memberlist report to the
+// global sink of go-metrics, so that is the one sink of all.
+package telemetry
 
 import (
 	"context"
@@ -14,24 +17,23 @@ import (
 	"github.com/sluicemesh/sluice/agent/config"
 )
 
-// telemetry is where metrics go: to memory for the API, and to Prometheus and
-// statsd where they are configured. Raft, serf and memberlist report to the
-// global sink of go-metrics, so that is the one sink of all.
-type telemetry struct {
+// Interval is how long the metrics of one display are collected, and how often
+// those of the proxies are reported.
+const Interval = 10 * time.Second
+
+// Telemetry is the sinks of a process. There can be one at a time.
+type Telemetry struct {
 	memory   *metrics.InmemSink
 	registry *prometheus.Registry // nil where it is off
 	global   *metrics.Metrics
 }
 
-// metricsInterval is how long the metrics of one display are collected, and how
-// often those of the proxies are reported.
-const metricsInterval = 10 * time.Second
-
-func newTelemetry(rt *config.Runtime) (*telemetry, error) {
+// Open makes the sinks that c names, and reports to them whatever is reported to the
+// global sink of go-metrics. [Telemetry.Close] ends it.
+func Open(c config.Telemetry) (*Telemetry, error) {
 	const retain = time.Minute
-	t := &telemetry{memory: metrics.NewInmemSink(metricsInterval, retain)}
+	t := &Telemetry{memory: metrics.NewInmemSink(Interval, retain)}
 	sinks := metrics.FanoutSink{t.memory}
-	c := rt.Telemetry
 	if c.PrometheusRetention > 0 {
 		t.registry = prometheus.NewRegistry()
 		s, err := armonprom.NewPrometheusSinkFrom(armonprom.PrometheusOpts{Expiration: c.PrometheusRetention, Registerer: t.registry})
@@ -56,7 +58,7 @@ func newTelemetry(rt *config.Runtime) (*telemetry, error) {
 	}
 	conf := metrics.DefaultConfig(c.Prefix)
 	conf.EnableHostname = !c.DisableHostname
-	conf.EnableRuntimeMetrics = false // its goroutine could never be stopped: see run
+	conf.EnableRuntimeMetrics = false // its goroutine could never be stopped: see Run
 	conf.AllowedPrefixes, conf.BlockedPrefixes, conf.FilterDefault = c.AllowedPrefixes, c.BlockedPrefixes, c.FilterDefault
 	global, err := metrics.NewGlobal(conf, sinks)
 	if err != nil {
@@ -66,22 +68,25 @@ func newTelemetry(rt *config.Runtime) (*telemetry, error) {
 	return t, nil
 }
 
-// display serves /v1/agent/metrics.
-func (t *telemetry) display(w http.ResponseWriter, r *http.Request) (any, error) {
+// Sink is what to report to.
+func (t *Telemetry) Sink() *metrics.Metrics { return t.global }
+
+// Display serves /v1/agent/metrics.
+func (t *Telemetry) Display(w http.ResponseWriter, r *http.Request) (any, error) {
 	return t.memory.DisplayMetrics(w, r)
 }
 
-// prometheus serves the same in Prometheus' format; nil where it is off.
-func (t *telemetry) prometheus() http.Handler {
+// Prometheus serves the same in Prometheus' format; nil where it is off.
+func (t *Telemetry) Prometheus() http.Handler {
 	if t.registry == nil {
 		return nil
 	}
 	return promhttp.HandlerFor(t.registry, promhttp.HandlerOpts{})
 }
 
-// run reports on the Go runtime until ctx ends.
-func (t *telemetry) run(ctx context.Context) error {
-	tick := time.NewTicker(metricsInterval)
+// Run reports on the Go runtime until ctx ends, and returns nil.
+func (t *Telemetry) Run(ctx context.Context) error {
+	tick := time.NewTicker(Interval)
 	defer tick.Stop()
 	for {
 		t.global.EmitRuntimeStats()
@@ -93,4 +98,5 @@ func (t *telemetry) run(ctx context.Context) error {
 	}
 }
 
-func (t *telemetry) close() { t.global.Shutdown() }
+// Close ends it; nothing may be reported after.
+func (t *Telemetry) Close() { t.global.Shutdown() }
