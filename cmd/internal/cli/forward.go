@@ -2,6 +2,7 @@ package cli
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -13,6 +14,7 @@ import (
 	"runtime/debug"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 
@@ -23,9 +25,14 @@ import (
 
 // forwarding is what the flags of forward say.
 type forwarding struct {
-	listen                          list
-	routes, table, engine, logLevel string
-	generation                      uint64
+	listen                           list
+	routes, table, metrics, logLevel string
+	logJSON                          bool
+	sample                           float64 // of the access log
+	drain                            gateway.Plan
+	conf                             sni.Config
+
+	generation uint64
 }
 
 func (e *env) forwardCommands() []*command {
@@ -33,25 +40,42 @@ func (e *env) forwardCommands() []*command {
 	return []*command{{
 		name: "forward", synopsis: "Forward TLS connections by server name, without an agent",
 		help: "Listens, reads the server name that a TLS client asks for, and forwards the\nbytes undecrypted: by a routes file, or by a forwarding table that was saved from\n/v1/agent/proxy/ID/table. SIGHUP reads the file again; one with errors changes\nnothing.\n\n" +
-			"A line of a routes file is \"name host:port\" or \"*.suffix host:port\"; the same\nname on several lines has several endpoints, and # begins a comment.",
+			"A line of a routes file is \"name host:port\" or \"*.suffix host:port\"; the same\nname on several lines has several endpoints, and # begins a comment.\n\n" +
+			"With -drain-timeout SIGTERM closes the listeners, lets open connections finish,\nends those that are left then, and stops; a second signal does not wait. SIGINT,\nand SIGTERM without it, stop at once.",
 		flags: func(fs *flag.FlagSet) {
 			f = forwarding{}
 			fs.Var(&f.listen, "listen", "`ip:port` to listen on, or :port; may be repeated. With -table it replaces the table's own")
 			fs.StringVar(&f.routes, "routes", "", "`file` of routes")
 			fs.StringVar(&f.table, "table", "", "`file` with a saved forwarding table (JSON)")
-			fs.StringVar(&f.engine, "engine", sni.EngineAuto, "`engine` that moves the bytes: auto, epoll or netpoll")
+			fs.StringVar(&f.conf.Engine, "engine", sni.EngineAuto, "`engine` that moves the bytes: auto, epoll or netpoll")
+			fs.DurationVar(&f.conf.HelloTimeout, "hello-timeout", 5*time.Second, "`time` that a client has to send its ClientHello")
+			fs.DurationVar(&f.conf.IdleTimeout, "idle-timeout", 0, "`time` after which a connection on which no byte moved is ended; 0 is never. What a table says goes before")
+			fs.IntVar(&f.conf.ConnectAttempts, "connect-attempts", 4, "`number` of addresses of endpoints that are tried for a connection")
+			fs.StringVar(&f.metrics, "metrics", "", "`ip:port` to answer HTTP on: /metrics for Prometheus, /status, /connections and /ready. Whoever reaches it may read it")
+			fs.Float64Var(&f.sample, "access-log", 0, "`part` of the connections, from 0 to 1, that have a line on standard error at their end")
+			fs.DurationVar(&f.drain.Wait, "drain-wait", 0, "`time` from SIGTERM to closing the listeners, in which /ready says 503 already")
+			fs.DurationVar(&f.drain.Timeout, "drain-timeout", 0, "`time` that open connections have to finish after SIGTERM")
+			fs.Float64Var(&f.drain.Rate, "drain-rate", 50, "`number` of the rest that are ended per second; 0 is all at once")
 			fs.StringVar(&f.logLevel, "log-level", "info", "`level` of the log on standard error: trace, debug, info, warn or error; at trace there is a line per connection")
+			fs.BoolVar(&f.logJSON, "log-json", false, "log in JSON")
 		},
 		run: func(c *call) error { return f.run(c) },
 	}}
 }
 
-func (f *forwarding) run(c *call) error {
+// check tells what is wrong with the flags.
+func (f *forwarding) check() error {
 	switch {
 	case (f.routes == "") == (f.table == ""):
 		return usage("give either -routes or -table")
 	case f.routes != "" && len(f.listen) == 0:
 		return usage("-listen says where to listen")
+	case !(f.sample >= 0 && f.sample <= 1):
+		return usage("-access-log %v is not from 0 to 1", f.sample)
+	case f.drain.Wait < 0 || f.drain.Timeout < 0:
+		return usage("-drain-wait and -drain-timeout are not negative")
+	case !(f.drain.Rate >= 0 && f.drain.Rate <= 1e6):
+		return usage("-drain-rate %v is not from 0 to 1000000", f.drain.Rate)
 	}
 	for _, addr := range f.listen {
 		if _, err := netip.ParseAddrPort(addr); err != nil {
@@ -60,13 +84,25 @@ func (f *forwarding) run(c *call) error {
 			}
 		}
 	}
-	logger, err := c.logger("forward", f.logLevel)
+	return f.conf.Validate()
+}
+
+func (f *forwarding) run(c *call) error {
+	if err := f.check(); err != nil {
+		return err
+	}
+	logger, err := c.logger("forward", f.logLevel, f.logJSON)
 	if err != nil {
 		return err
 	}
-	conf := sni.Config{Engine: f.engine, Logger: logger}
-	if err := conf.Validate(); err != nil {
-		return err
+	f.conf.Logger = logger
+	if f.sample > 0 {
+		// Whoever asks for these lines gets them, whatever the level of the others.
+		lines, err := c.logger("forward.access", "info", f.logJSON)
+		if err != nil {
+			return err
+		}
+		f.conf.AccessLog = &gateway.AccessLog{Logger: lines, Sample: f.sample}
 	}
 	table, err := f.read()
 	if err != nil {
@@ -77,57 +113,74 @@ func (f *forwarding) run(c *call) error {
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer signal.Stop(signals)
 
+	s := newStandalone(f.conf, table)
+	if f.metrics != "" {
+		stop, err := s.serve(f.metrics, logger)
+		if err != nil {
+			return err
+		}
+		defer stop()
+	}
 	ctx, cancel := context.WithCancel(context.Background())
-	fw := sni.New(conf)
-	fw.Apply(table)
+	defer cancel()
+	s.fw.Apply(table)
 	ended := make(chan error, 1)
-	go func() { ended <- fw.Run(ctx) }()
+	go func() { ended <- s.fw.Run(ctx) }()
 	stop := func(err error) error {
 		cancel()
-		if e := <-ended; err == nil {
-			err = e
-		}
-		return err
+		return cmp.Or(err, <-ended)
 	}
 	// An address that is taken is retried later on, but at the start it is a mistake
 	// that somebody is there to see.
-	for changed := fw.Changed(); fw.Status().Applied == 0; changed = fw.Changed() {
+	for changed := s.fw.Changed(); s.fw.Status().Applied == 0; changed = s.fw.Changed() {
 		select {
 		case <-changed:
 		case err := <-ended:
-			cancel()
 			return err
 		case <-signals:
 			return stop(nil)
 		}
 	}
-	if err := unbound(fw.Status()); err != nil {
+	if err := unbound(s.fw.Status()); err != nil {
 		return stop(err)
 	}
-	for _, l := range fw.Status().Listeners {
+	for _, l := range s.fw.Status().Listeners {
 		fmt.Fprintf(c.out, "Forwarding on %s (%s)\n", l.Address, counted(table))
 	}
 	release(&table)
-	for {
+	for drain := (*draining)(nil); ; {
 		select {
 		case err := <-ended:
-			cancel()
 			if err == nil {
 				err = errors.New("the forwarder ended")
 			}
 			return err
-		case s := <-signals:
-			if s != syscall.SIGHUP {
+		case <-drain.news():
+			p := s.progress()
+			fmt.Fprintln(c.out, progressLine(s.id(), p, time.Now()))
+			if p.Phase == gateway.DrainDrained {
 				return stop(nil)
 			}
-			next, err := f.read()
-			if err != nil {
-				c.fail(fmt.Errorf("reload: nothing was changed: %w", err))
-				continue
+		case got := <-signals:
+			switch {
+			case got == syscall.SIGHUP:
+				next, err := f.read()
+				if err != nil {
+					err = fmt.Errorf("reload: nothing was changed: %w", err)
+					s.keeps(err)
+					c.fail(err)
+					continue
+				}
+				s.uses(next)
+				s.fw.Apply(next)
+				fmt.Fprintf(c.out, "Reloaded (%s)\n", counted(next))
+				release(&next)
+			case got == syscall.SIGTERM && f.drain.Timeout > 0 && drain == nil:
+				drain = s.drain(ctx, f.drain)
+				defer drain.stop()
+			default:
+				return stop(nil)
 			}
-			fw.Apply(next)
-			fmt.Fprintf(c.out, "Reloaded (%s)\n", counted(next))
-			release(&next)
 		}
 	}
 }
@@ -199,12 +252,12 @@ func counted(t *gateway.Table) string {
 }
 
 // logger returns a logger to standard error.
-func (e *env) logger(name, level string) (hclog.Logger, error) {
+func (e *env) logger(name, level string, inJSON bool) (hclog.Logger, error) {
 	l := hclog.LevelFromString(level)
 	if l == hclog.NoLevel {
 		return nil, usage("-log-level %q is none of trace, debug, info, warn and error", level)
 	}
-	return hclog.New(&hclog.LoggerOptions{Name: name, Level: l, Output: e.err}), nil
+	return hclog.New(&hclog.LoggerOptions{Name: name, Level: l, Output: e.err, JSONFormat: inJSON}), nil
 }
 
 // list is a flag that may be repeated.

@@ -93,7 +93,7 @@ func (f *proxyFlags) run(c *call) error {
 	if c.conn.dc != "" {
 		return usage("-datacenter does not go with a proxy, which is part of its agent's; an upstream's is said by NAME?dc=DC")
 	}
-	logger, err := c.logger("proxy", f.logLevel)
+	logger, err := c.logger("proxy", f.logLevel, false)
 	if err != nil {
 		return err
 	}

@@ -13,8 +13,10 @@ import (
 	"io"
 	"math/big"
 	"net"
+	"net/http"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -33,6 +35,9 @@ func TestMain(m *testing.M) {
 		"echo":    func() { serve(false) },
 		"tlsget":  func() { get(true) },
 		"get":     func() { get(false) },
+		"tlskeep": keep,
+		"tlshold": hold,
+		"httpget": httpGet,
 	})
 }
 
@@ -236,12 +241,7 @@ func serve(secure bool) {
 	l, err := net.Listen("tcp", os.Args[1])
 	check(err)
 	if secure {
-		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-		check(err)
-		template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), DNSNames: []string{"test"}}
-		der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-		check(err)
-		l = tls.NewListener(l, &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}})
+		l = tls.NewListener(l, serverConfig())
 	}
 	for {
 		conn, err := l.Accept()
@@ -249,6 +249,75 @@ func serve(secure bool) {
 		_, _ = fmt.Fprintln(conn, os.Args[2]) // a client that only tries the port is gone already
 		_ = conn.Close()
 	}
+}
+
+// serverConfig has a certificate of nobody's.
+func serverConfig() *tls.Config {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	check(err)
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), DNSNames: []string{"test"}}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	check(err)
+	return &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}}
+}
+
+// keep is the command tlskeep ADDRESS TEXT: like tlsecho, but it sends the text again
+// for each line that it gets.
+func keep() {
+	l, err := net.Listen("tcp", os.Args[1])
+	check(err)
+	l = tls.NewListener(l, serverConfig())
+	for {
+		conn, err := l.Accept()
+		check(err)
+		go func() {
+			defer conn.Close() //nolint:errcheck // it is the process's last act with it
+			in := bufio.NewReader(conn)
+			for err := error(nil); err == nil; _, err = in.ReadString('\n') {
+				_, _ = fmt.Fprintln(conn, os.Args[2])
+			}
+		}()
+	}
+}
+
+// hold is the command tlshold ADDRESS SERVERNAME FILE: it prints the line that a
+// server sends, and then, once there is a file of that name, another one that comes
+// by the same connection.
+func hold() {
+	conn, err := tls.Dial("tcp", os.Args[1], &tls.Config{ServerName: os.Args[2], InsecureSkipVerify: true}) //nolint:gosec // whoever answers, it prints what
+	check(err)
+	in := bufio.NewReader(conn)
+	line, err := in.ReadString('\n')
+	check(err)
+	fmt.Print(line)
+	check(try(func() error { _, err := os.Stat(os.Args[3]); return err }))
+	_, err = fmt.Fprintln(conn, "more")
+	check(err)
+	line, err = in.ReadString('\n')
+	check(err)
+	fmt.Print(line)
+	check(conn.Close())
+}
+
+// httpGet is the command httpget URL CODE [TEXT]: it asks until the answer has the
+// status code, and the text somewhere in it, and prints the answer.
+func httpGet() {
+	check(try(func() error {
+		resp, err := http.Get(os.Args[1])
+		if err != nil {
+			return err
+		}
+		defer resp.Body.Close()
+		b, err := io.ReadAll(resp.Body)
+		if err != nil {
+			return err
+		}
+		if strconv.Itoa(resp.StatusCode) != os.Args[2] || len(os.Args) > 3 && !strings.Contains(string(b), os.Args[3]) {
+			return fmt.Errorf("%s: %s", resp.Status, b)
+		}
+		fmt.Print(string(b))
+		return nil
+	}))
 }
 
 // get is the command tlsget ADDRESS SERVERNAME, or get ADDRESS: it prints the line
