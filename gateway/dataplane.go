@@ -120,4 +120,8 @@ const (
 	CloseDrain   = "drain"   // ended by a drain, at its pace
 	CloseRemoved = "removed" // its listener is gone
 	CloseStopped = "stopped" // the data plane ended
+	// CloseFailback and CloseRebalance: ended at a pace so that the client comes to a
+	// better endpoint.
+	CloseFailback  = "failback"
+	CloseRebalance = "rebalance"
 )

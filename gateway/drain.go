@@ -187,9 +187,8 @@ func (p Plan) until(now, deadline time.Time, open int) time.Time {
 
 // Pacer does something often, and never often at once: it ends connections so
 // that those who open them again do not all come in the same moment. A drain uses
-// it; what moves connections back to a recovered datacenter, or spreads them over
-// new endpoints, is the same: whoever may decide what to end calls Run and ends
-// the oldest each time, until those that should move have moved.
+// it, and so do a failback and a rebalancing: whoever may decide what to end calls
+// Run and ends the oldest each time, until those that should move have moved.
 type Pacer struct {
 	// Rate is how often per second, on average; 0 or less is all at once.
 	Rate float64

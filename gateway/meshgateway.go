@@ -74,8 +74,8 @@ func (c *Compiler) meshGateway(t *Table, s *proxycfg.Snapshot) {
 	}
 	t.Zone = zoneOf(reg, s.Proxy.Node)
 	limits, done := conf.section("service_limits")
-	env.maxConnections = cmp.Or(limits.count("max_connections"), maxConnections(s.Gateway.Defaults))
-	env.connectionRate, env.connectionBurst = limits.perSecond("connection_rate"), limits.count("connection_burst")
+	env.maxConnections = cmp.Or(limits.count(0, "max_connections"), maxConnections(s.Gateway.Defaults))
+	env.connectionRate, env.connectionBurst = limits.perSecond("connection_rate"), limits.count(0, "connection_burst")
 	done()
 	var accept *ProxyProtocol
 	accept, env.sendProxy, env.sendProxyLocal = proxyProtocol(conf)
@@ -133,6 +133,7 @@ func (c *Compiler) meshGateway(t *Table, s *proxycfg.Snapshot) {
 		add(svc)
 	}
 	c.services = memos
+	t.Failback, t.Rebalance = moving(conf)
 
 	probe := probing(conf)
 	for _, dc := range s.Gateway.Datacenters {
@@ -285,16 +286,16 @@ func listenerLimits(conf *settings) (l *Limits, maxConnections int) {
 	defer done()
 	l = &Limits{
 		ConnectionRate:           s.perSecond("connection_rate"),
-		ConnectionBurst:          s.count("connection_burst"),
-		MaxConnectionsPerSource:  s.count("max_connections_per_source"),
+		ConnectionBurst:          s.count(0, "connection_burst"),
+		MaxConnectionsPerSource:  s.count(0, "max_connections_per_source"),
 		ConnectionRatePerSource:  s.perSecond("connection_rate_per_source"),
-		ConnectionBurstPerSource: s.count("connection_burst_per_source"),
-		MaxPendingHellos:         s.count("max_pending_hellos"),
+		ConnectionBurstPerSource: s.count(0, "connection_burst_per_source"),
+		MaxPendingHellos:         s.count(0, "max_pending_hellos"),
 	}
 	if *l == (Limits{}) {
 		l = nil
 	}
-	return l, s.count("max_connections")
+	return l, s.count(0, "max_connections")
 }
 
 // probing reads whether gateways of other datacenters are probed; nil is not.
@@ -309,6 +310,31 @@ func probing(conf *settings) *Probe {
 		Timeout:  s.duration(2*time.Second, "timeout"),
 		All:      s.oneOf("endpoints", "failing", "all") == "all",
 	}
+}
+
+// moving reads whether connections that are open are ended so that their clients come
+// to better endpoints; nil is not.
+func moving(conf *settings) (back *Failback, balance *Rebalance) {
+	const defaultStable, defaultRate = 30 * time.Second, 10
+	if _, ok := conf.block("failback"); ok {
+		s, done := conf.section("failback")
+		back = &Failback{
+			Stable: s.duration(defaultStable, "stable"),
+			Rate:   cmp.Or(s.perSecond("rate"), defaultRate),
+		}
+		done()
+	}
+	if _, ok := conf.block("rebalance"); ok {
+		s, done := conf.section("rebalance")
+		balance = &Rebalance{
+			Stable:         s.duration(defaultStable, "stable"),
+			Rate:           cmp.Or(s.perSecond("rate"), defaultRate),
+			Factor:         s.factor(1.25, "factor"),
+			MinConnections: s.count(50, "min_connections"),
+		}
+		done()
+	}
+	return back, balance
 }
 
 // proxyProtocol reads whose headers are believed, nil for nobody's, and which are

@@ -237,7 +237,7 @@ before the name (` + "`consul`" + `); for Prometheus the dots are underscores.
 | ` + "`listener`" + ` | name in the forwarding table |
 | ` + "`cluster`" + ` | name in the forwarding table: where connections go |
 | ` + "`endpoint`" + ` | host:port |
-| ` + "`reason`" + ` | why connections were [refused](gateways.md#what-is-refused-and-why), or have ended: ` + "`done`, `reset`, `idle`, `drain`, `removed`, `stopped`" + ` |
+| ` + "`reason`" + ` | why connections were [refused](gateways.md#what-is-refused-and-why), or have ended: ` + "`done`, `reset`, `idle`, `drain`, `failback`, `rebalance`, `removed`, `stopped`" + ` |
 
 The number of series is bounded: the 200 clusters and the 200 endpoints of an agent that have the most traffic have
 series of their own. The rest is summed up under ` + "`cluster=\"other\"`" + ` and ` + "`endpoint=\"other\"`" + `, so sums over all are

@@ -98,6 +98,7 @@ var reasons = [...]string{
 	RefuseHelloTimeout, RefuseHelloTooLarge, RefuseNotTLS, RefuseNoServerName, RefuseBadServerName, RefuseNoRoute,
 	RefuseNoEndpoint, RefuseConnect, RefuseLimit, RefuseHandshake, RefuseIdentity, RefuseDenied, RefuseClientGone,
 	CloseDone, CloseReset, CloseIdle, CloseDrain, CloseRemoved, CloseStopped,
+	CloseFailback, CloseRebalance,
 }
 
 // Add counts one.

@@ -186,10 +186,20 @@ func (s *settings) duration(def time.Duration, key string) time.Duration {
 }
 
 // perSecond returns a rate, 0 where the key is absent.
-func (s *settings) perSecond(keys ...string) float64 {
-	k, v, ok := s.find(keys...)
+func (s *settings) perSecond(key string) float64 {
+	return s.float(0, key, 0, "a number of connections per second")
+}
+
+// factor returns a number that is at least 1, or def where the key is absent.
+func (s *settings) factor(def float64, key string) float64 {
+	return s.float(def, key, 1, "a number from 1")
+}
+
+// float returns a number that is at least least, or def where the key is absent.
+func (s *settings) float(def float64, key string, least float64, want string) float64 {
+	k, v, ok := s.find(key)
 	if !ok {
-		return 0
+		return def
 	}
 	var f float64
 	var err error
@@ -205,20 +215,20 @@ func (s *settings) perSecond(keys ...string) float64 {
 		}
 		f = float64(n)
 	}
-	if err != nil || !(f >= 0) || math.IsInf(f, 0) {
-		s.reject(k, v, "a number of connections per second")
-		return 0
+	if err != nil || !(f >= least) || math.IsInf(f, 0) {
+		s.reject(k, v, want)
+		return def
 	}
 	return f
 }
 
-// count returns a number that is at least 0, 0 where the key is absent.
-func (s *settings) count(keys ...string) int {
-	n := s.int(0, keys...)
+// count returns a number that is at least 0, or def where the key is absent.
+func (s *settings) count(def int, key string) int {
+	n := s.int(def, key)
 	if n < 0 {
-		k, v, _ := s.find(keys...)
+		k, v, _ := s.find(key)
 		s.reject(k, v, "a number from 0")
-		return 0
+		return def
 	}
 	return n
 }

@@ -32,12 +32,41 @@ type Table struct {
 	Listeners []Listener
 	Routes    []Route   `json:",omitempty"`
 	Clusters  []Cluster `json:",omitempty"`
+	// Failback and Rebalance say that connections which are open are ended so that
+	// their clients come to better endpoints; nil is never. They are for listeners of
+	// mode ListenSNI.
+	Failback  *Failback  `json:",omitempty"`
+	Rebalance *Rebalance `json:",omitempty"`
 	// Identity is what a sidecar presents and trusts; nil for a gateway that
 	// terminates nothing.
 	Identity *Identity `json:",omitempty"`
 	// Warnings are facts an operator should know: an upstream without endpoints
 	// and why, a datacenter without gateways.
 	Warnings []string `json:",omitempty"`
+}
+
+// Failback ends connections that went to a failover cluster, to endpoints of a lower
+// priority or farther away because no better ones could be used, once one of those
+// can be again.
+type Failback struct {
+	// Stable is for how long a better endpoint must have been usable.
+	Stable time.Duration
+	// Rate is how many connections are ended per second, those of all clusters
+	// together; 0 is all at once.
+	Rate float64 `json:",omitempty"`
+}
+
+// Rebalance ends connections of endpoints that have more than their share, which is
+// by weight, after others have come or come back.
+type Rebalance struct {
+	// Stable is for how long an endpoint must have been usable to have a share.
+	Stable time.Duration
+	// Rate is as for a Failback.
+	Rate float64 `json:",omitempty"`
+	// Factor is how many times its share an endpoint may keep; at least 1.
+	Factor float64
+	// MinConnections is how many an endpoint may keep whatever its share is.
+	MinConnections int `json:",omitempty"`
 }
 
 // ListenerMode says what a listener does with what it accepts.

@@ -16,8 +16,10 @@ import (
 // cluster is the running state of one cluster name. It outlives the tables, so
 // that counters and ejections do; what a table says of it is its plan.
 type cluster struct {
-	name string
-	plan atomic.Pointer[plan]
+	name   string
+	number uint32 // by which connections know where they were routed to; never 0
+	plan   atomic.Pointer[plan]
+	moved  atomic.Pointer[moved] // nil until connections are to be moved
 
 	active    atomic.Int64
 	connected atomic.Uint64
@@ -68,6 +70,7 @@ type endpoint struct {
 	failures     atomic.Int32 // in a row
 	ejections    atomic.Int32 // in a row
 	ejectedUntil atomic.Int64 // on the forwarder's clock
+	usableSince  atomic.Int64 // on the forwarder's clock, 0 for not; only while connections are moved
 	lastError    atomic.Pointer[string]
 }
 
@@ -92,11 +95,13 @@ type plan struct {
 	healthy   int         // of the cluster itself
 	rate      rate        // of connections to the cluster, whatever endpoint they reach
 	probe     *gateway.Probe
+	probeFrom int32 // failures in a row that make an endpoint one that fails
 }
 
 // tier is a set of endpoints that are as good as each other.
 type tier struct {
 	owner     *cluster
+	unknown   bool // the members' health is
 	members   []member
 	group     []*endpoint // all of the cluster with this priority, however near
 	total     uint32      // sum of the weights
@@ -428,6 +433,9 @@ func (f *Forwarder) eject(t *tier, ep *endpoint, now int64) {
 type registry struct {
 	clusters map[string]*cluster
 	zone     string // of the table in use
+	failback bool
+	chained  map[string]bool // the clusters that others fail over to
+	number   uint32          // of the newest cluster
 	dns      *resolver
 	// congestion has the algorithms of congestion control that can be had.
 	congestion map[string]bool
@@ -436,6 +444,8 @@ type registry struct {
 // prepared is a table's clusters, compiled and not yet in use.
 type prepared struct {
 	zone     string
+	failback bool
+	chained  map[string]bool
 	clusters map[string]*cluster
 	plans    map[*cluster]*plan
 	specs    map[*cluster]*gateway.Cluster
@@ -446,6 +456,8 @@ type prepared struct {
 func (r *registry) prepare(t *gateway.Table) *prepared {
 	p := &prepared{
 		zone:     t.Zone,
+		failback: t.Failback != nil,
+		chained:  map[string]bool{},
 		clusters: make(map[string]*cluster, len(t.Clusters)),
 		plans:    map[*cluster]*plan{},
 		specs:    map[*cluster]*gateway.Cluster{},
@@ -455,10 +467,14 @@ func (r *registry) prepare(t *gateway.Table) *prepared {
 		spec := &t.Clusters[i]
 		c := r.clusters[spec.Name]
 		if c == nil {
-			c = &cluster{name: spec.Name, endpoints: map[string]*endpoint{}}
+			r.number++
+			c = &cluster{name: spec.Name, number: r.number, endpoints: map[string]*endpoint{}}
 		}
 		p.clusters[spec.Name] = c
-		if c.spec == nil || t.Zone != r.zone || !sameCluster(c.spec, spec) {
+		for _, f := range spec.Failover {
+			p.chained[f] = true
+		}
+		if c.spec == nil || t.Zone != r.zone || p.failback != r.failback || !sameCluster(c.spec, spec) {
 			changed[spec.Name] = true
 		}
 		p.specs[c] = spec
@@ -466,7 +482,7 @@ func (r *registry) prepare(t *gateway.Table) *prepared {
 	for i := range t.Clusters {
 		spec := &t.Clusters[i]
 		c := p.clusters[spec.Name]
-		again := changed[spec.Name]
+		again := changed[spec.Name] || p.chained[spec.Name] != r.chained[spec.Name]
 		for _, f := range spec.Failover {
 			_, known := p.clusters[f]
 			_, was := r.clusters[f]
@@ -483,6 +499,7 @@ func (r *registry) prepare(t *gateway.Table) *prepared {
 // needed to the resolver.
 func (r *registry) commit(p *prepared) {
 	for c, pl := range p.plans {
+		pl.renew(c, c.plan.Load())
 		if was := c.plan.Swap(pl); was != nil && was.rate != pl.rate {
 			c.full.Store(0)
 		}
@@ -498,7 +515,7 @@ func (r *registry) commit(p *prepared) {
 	for c, spec := range p.specs {
 		c.spec = spec
 	}
-	r.clusters, r.zone = p.clusters, p.zone
+	r.clusters, r.zone, r.failback, r.chained = p.clusters, p.zone, p.failback, p.chained
 	used := map[string]bool{}
 	for _, c := range r.clusters {
 		if pl := c.plan.Load(); pl != nil && len(pl.endpoints) < len(c.endpoints) {
@@ -518,7 +535,7 @@ func (r *registry) commit(p *prepared) {
 }
 
 func (r *registry) compile(c *cluster, spec *gateway.Cluster, p *prepared) *plan {
-	pl := &plan{rate: newRate(spec.ConnectionRate, spec.ConnectionBurst), probe: spec.Probe}
+	pl := &plan{rate: newRate(spec.ConnectionRate, spec.ConnectionBurst), probe: spec.Probe, probeFrom: failingLeast}
 	listed := make(map[*endpoint]bool, len(spec.Endpoints))
 	for i := range spec.Endpoints {
 		e := &spec.Endpoints[i]
@@ -541,7 +558,42 @@ func (r *registry) compile(c *cluster, spec *gateway.Cluster, p *prepared) *plan
 			pl.tiers = append(pl.tiers, r.tiers(p.clusters[s.Name], s, p.zone, unknown)...)
 		}
 	}
+	if p.failback && (len(pl.tiers) > 1 || p.chained[c.name]) {
+		// To know when connections can come back, without sending one to see.
+		pl.probeFrom = 1
+		if pl.probe == nil {
+			pl.probe = &gateway.Probe{}
+		}
+	}
 	return pl
+}
+
+// known calls yield with the endpoints of c itself that a check says are healthy.
+func (pl *plan) known(c *cluster, yield func(ep *endpoint)) {
+	for i := range pl.tiers {
+		t := &pl.tiers[i]
+		if t.owner != c || t.unknown {
+			return
+		}
+		for j := range t.members {
+			yield(t.members[j].ep)
+		}
+	}
+}
+
+// renew says of the endpoints that were not healthy by the plan before that they
+// have been usable for no time yet.
+func (pl *plan) renew(c *cluster, was *plan) {
+	if was == nil || c.moved.Load() == nil {
+		return
+	}
+	before := map[*endpoint]bool{}
+	was.known(c, func(ep *endpoint) { before[ep] = true })
+	pl.known(c, func(ep *endpoint) {
+		if !before[ep] {
+			ep.usableSince.Store(0)
+		}
+	})
 }
 
 // rank is the order in which endpoints are used: by priority, then by distance.
@@ -570,7 +622,7 @@ func (r *registry) tiers(c *cluster, spec *gateway.Cluster, zone string, unknown
 		return cmp.Or(cmp.Compare(a.priority, b.priority), cmp.Compare(a.distance, b.distance))
 	})
 	for _, k := range ranks {
-		t := tier{owner: c, members: groups[k], group: peers[k.priority], policy: spec.Policy,
+		t := tier{owner: c, unknown: unknown, members: groups[k], group: peers[k.priority], policy: spec.Policy,
 			timeout: spec.ConnectTimeout, limit: int64(spec.MaxConnections), send: spec.SendProxy}
 		if r.congestion[spec.CongestionControl] {
 			t.congestion = spec.CongestionControl

@@ -319,6 +319,7 @@ func (l *loop) sendHello(c *conn, fd int32, peer netip.AddrPort, data []byte, d 
 // endpoint.
 func (l *loop) open(c *conn, peer netip.AddrPort, data []byte, sent int, d *dial) {
 	c.owner, c.ep = d.done()
+	c.via = d.cluster.number
 	l.moved(c, client, max(0, sent-len(l.head)))
 	c.phase = phaseOpen
 	c.active = l.clock
@@ -492,11 +493,16 @@ func (l *loop) closeConns(ln *listener, why closeReason) {
 }
 
 // conns calls yield with every connection there is, which yield may end.
-func (l *loop) conns(yield func(*conn) bool) {
-	for _, chunk := range l.chunks {
-		for i := range chunk {
-			if c := &chunk[i]; c.phase != phaseFree && !yield(c) {
-				return
+func (l *loop) conns(yield func(*conn) bool) { l.connsOf(l.chunks)(yield) }
+
+// connsOf is conns of some of the chunks.
+func (l *loop) connsOf(chunks [][]conn) func(yield func(*conn) bool) {
+	return func(yield func(*conn) bool) {
+		for _, chunk := range chunks {
+			for i := range chunk {
+				if c := &chunk[i]; c.phase != phaseFree && !yield(c) {
+					return
+				}
 			}
 		}
 	}
@@ -517,20 +523,35 @@ func (l *loop) cut(c *conn, why closeReason) {
 // since is when a connection was accepted, on the forwarder's clock.
 func (c *conn) since() int64 { return int64(c.born) << tickShift }
 
-func (e *epoll) oldest(limit int) []handle {
+// chunksAtOnce is how much of a loop's connections are looked through in one go, so
+// that bytes do not wait while it is very many.
+const chunksAtOnce = 32
+
+func (e *epoll) oldest(limit int, want func(h handle) bool) []handle {
 	var all []handle
 	for i, lp := range e.loops {
-		lp.do(func() {
-			var hs []handle
-			for c := range lp.conns {
-				hs = append(hs, handle{born: c.since(), worker: int32(i), id: c.id, gen: c.gen})
-				// So that the list of a few of very many stays short.
-				if limit < 1<<16 && len(hs) >= 4*limit+1024 {
-					hs = firstOf(hs, limit)
+		var hs []handle
+		for from, left := 0, 1; left > 0; from += chunksAtOnce {
+			lp.do(func() {
+				to := min(from+chunksAtOnce, len(lp.chunks))
+				left = len(lp.chunks) - to
+				for c := range lp.connsOf(lp.chunks[min(from, to):to]) {
+					h := handle{born: c.since(), worker: int32(i), id: c.id, gen: c.gen}
+					if c.phase == phaseOpen {
+						h.via, h.ep = c.via, c.ep
+					}
+					if want != nil && !want(h) {
+						continue
+					}
+					hs = append(hs, h)
+					// So that the list of a few of very many stays short.
+					if limit < 1<<16 && len(hs) >= 4*limit+1024 {
+						hs = firstOf(hs, limit)
+					}
 				}
-			}
-			all = append(all, hs...)
-		})
+			})
+		}
+		all = append(all, hs...)
 	}
 	return firstOf(all, limit)
 }

@@ -12,7 +12,9 @@
 // # Decisions
 //
 // A connection that is routed keeps its endpoint until it ends, whatever tables
-// come. When a listener is removed its socket closes at once, and its
+// come. Where the table asks for it, one that is in the wrong place is ended at a
+// pace, so that its client comes again: after a failover, and when endpoints were
+// added. When a listener is removed its socket closes at once, and its
 // connections may go on for Config.DrainTimeout. When Run's context ends
 // everything closes at once.
 //

@@ -2,18 +2,21 @@ package sni
 
 import (
 	"context"
+	"math"
 	"slices"
 	"time"
 
 	"github.com/sluicemesh/sluice/gateway"
 )
 
-// handle names an open connection of an engine.
+// handle names a connection of an engine, and says where it is.
 type handle struct {
 	born   int64 // on the forwarder's clock
 	worker int32 // epoll: the loop, and what the loop knows the connection by
 	gen    int32
 	id     uint32
+	via    uint32    // the number of the cluster it was routed to; with ep
+	ep     *endpoint // nil while it has none
 	conn   *netpollConn
 }
 
@@ -53,7 +56,7 @@ func (f *Forwarder) do(fn func(c *control)) bool {
 // to keep it costs memory for each connection, and the cluster says nearly as much.
 func (f *Forwarder) Connections(limit int) []gateway.Connection {
 	var out []gateway.Connection
-	f.do(func(c *control) { out = c.eng.describe(c.eng.oldest(max(limit, 0))) })
+	f.do(func(c *control) { out = c.eng.describe(c.eng.oldest(max(limit, 0), nil)) })
 	return out
 }
 
@@ -151,7 +154,7 @@ func (d *drain) CloseOldest(n int) (closed int) {
 	d.f.do(func(c *control) {
 		// Nothing more is accepted, so that one look is enough for the whole drain.
 		if len(d.left) == 0 {
-			d.left = c.eng.oldest(int(^uint(0) >> 1))
+			d.left = c.eng.oldest(math.MaxInt, nil)
 		}
 		for closed < n && len(d.left) > 0 {
 			k := min(n-closed, len(d.left))

@@ -166,6 +166,7 @@ type conn struct {
 	next, prev uint32
 	deadline   uint32
 	active     uint32 // the tick of the last byte
+	via        uint32 // the number of the cluster it was routed to, with owner
 
 	bytes  [2]uint64 // that were passed on, by the side they came from
 	l      *listener

@@ -56,6 +56,9 @@ type view struct {
 	listeners []*listener
 	clusters  []*cluster // by name
 	probed    []*cluster // those whose endpoints are probed
+	live      []*cluster // those that the table has
+	failback  *gateway.Failback
+	rebalance *gateway.Rebalance
 }
 
 // listener is an address that a table wants bound. It lives as long as the
@@ -95,12 +98,15 @@ const (
 	closeDrain
 	closeRemoved
 	closeStopped
+	closeFailback
+	closeRebalance
 	closeReasons
 )
 
 var closeNames = [closeReasons]string{
 	closeDone: gateway.CloseDone, closeReset: gateway.CloseReset, closeIdle: gateway.CloseIdle,
 	closeDrain: gateway.CloseDrain, closeRemoved: gateway.CloseRemoved, closeStopped: gateway.CloseStopped,
+	closeFailback: gateway.CloseFailback, closeRebalance: gateway.CloseRebalance,
 }
 
 // refuseReasons are those that are counted one by one.
@@ -157,8 +163,9 @@ type engine interface {
 	tune(l *listener) error
 	// closeConns closes the connections that came by l.
 	closeConns(l *listener, why closeReason)
-	// oldest returns the open connections in the order of their ages, at most limit.
-	oldest(limit int) []handle
+	// oldest returns the connections that want is true of in the order of their ages,
+	// at most limit; nil is all. want may be called on other goroutines, one at a time.
+	oldest(limit int, want func(h handle) bool) []handle
 	// describe tells of connections; those that have ended meanwhile are left out.
 	describe(hs []handle) []gateway.Connection
 	// closeThese closes connections, and returns how many there still were.
@@ -238,11 +245,12 @@ func (f *Forwarder) Run(ctx context.Context) error {
 		listeners: map[string]*listener{},
 	}
 	f.lines.start()
-	var probing sync.WaitGroup
-	probing.Go(func() { newProber(f).run(ctx) })
+	var besides sync.WaitGroup
+	besides.Go(func() { newProber(f).run(ctx) })
+	besides.Go(func() { newMover(f).run(ctx) })
 	c.run(ctx)
 	close(f.ended)
-	probing.Wait()
+	besides.Wait()
 	eng.stop()
 	f.lines.stop()
 	c.reg.dns.stop()
@@ -382,14 +390,20 @@ func (c *control) apply(ctx context.Context, t *gateway.Table) {
 	c.index = x
 	c.f.routes.Store(x)
 
-	v := &view{applied: t.Index, appliedAt: time.Now()}
+	v := &view{applied: t.Index, appliedAt: time.Now(), failback: t.Failback, rebalance: t.Rebalance}
 	for _, cl := range c.reg.clusters {
 		v.clusters = append(v.clusters, cl)
-		if cl.spec != nil && cl.spec.Probe != nil {
+	}
+	slices.SortFunc(v.clusters, func(a, b *cluster) int { return strings.Compare(a.name, b.name) })
+	for _, cl := range v.clusters {
+		if cl.spec == nil {
+			continue
+		}
+		v.live = append(v.live, cl)
+		if cl.plan.Load().probe != nil {
 			v.probed = append(v.probed, cl)
 		}
 	}
-	slices.SortFunc(v.clusters, func(a, b *cluster) int { return strings.Compare(a.name, b.name) })
 	v.listeners = c.applyListeners(t)
 	c.due() // binds what is new, so that a table in use has said whether it could
 	c.f.view.Store(v)

@@ -50,6 +50,7 @@ type netpollConn struct {
 	born       int64     // on the forwarder's clock
 	owner      *cluster  // guarded by the engine's mutex until it is set
 	ep         *endpoint // with owner
+	via        uint32    // the number of the cluster it was routed to, with owner
 	count      *byteCount
 	bytes      [2]atomic.Uint64 // that were passed on, from the client and to it
 	lastActive atomic.Int64     // on the forwarder's clock
@@ -149,12 +150,14 @@ func (e *netpoll) closeConns(l *listener, why closeReason) {
 	}
 }
 
-func (e *netpoll) oldest(limit int) []handle {
+func (e *netpoll) oldest(limit int, want func(h handle) bool) []handle {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	hs := make([]handle, 0, len(e.conns))
+	var hs []handle
 	for c := range e.conns {
-		hs = append(hs, handle{born: c.born, conn: c})
+		if h := (handle{born: c.born, via: c.via, ep: c.ep, conn: c}); want == nil || want(h) {
+			hs = append(hs, h)
+		}
 	}
 	return firstOf(hs, limit)
 }
@@ -331,7 +334,7 @@ func (e *netpoll) serve(p *netpollConn) {
 	}
 	owner, ep := d.done()
 	e.mu.Lock()
-	p.owner, p.ep = owner, ep
+	p.owner, p.ep, p.via = owner, ep, cl.number
 	if logged {
 		p.name = string(h.name())
 	}

@@ -21,6 +21,9 @@ const (
 	defaultProbeEvery   = 10 * time.Second
 	defaultProbeTimeout = 2 * time.Second
 	probeJitterDiv      = 5
+	// probeLookDiv is how many times in an interval it is looked whether an endpoint
+	// has begun to fail.
+	probeLookDiv = 4
 )
 
 // prober connects to endpoints, where their cluster asks for it, to learn which of
@@ -85,6 +88,11 @@ func (p *prober) turn(ctx context.Context) (wait time.Duration, ok bool) {
 				if seen[ep] {
 					continue
 				}
+				if !pl.probe.All && ep.failures.Load() < pl.probeFrom {
+					// Not even to be remembered: there may be very many.
+					next = min(next, now+int64(every)/probeLookDiv)
+					continue
+				}
 				seen[ep] = true
 				at, known := p.due[ep]
 				if !known {
@@ -92,9 +100,7 @@ func (p *prober) turn(ctx context.Context) (wait time.Duration, ok bool) {
 					at = now + rand.Int64N(int64(every))
 				}
 				if now >= at {
-					if pl.probe.All || ep.failures.Load() >= failingLeast {
-						p.begin(ctx, t, ep, pl.probe)
-					}
+					p.begin(ctx, t, ep, pl.probe)
 					at = now + int64(every) + rand.Int64N(int64(every)/probeJitterDiv+1)
 				}
 				p.due[ep] = at
