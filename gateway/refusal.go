@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"maps"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -8,17 +9,21 @@ import (
 	"github.com/hashicorp/go-hclog"
 )
 
-// RefusalLog tells the log of refused connections, once in a while of each kind:
-// whoever reads the log learns why calls fail, and a flood of bad connections
-// does not fill it. A kind is a listener, a reason and its detail. The zero value
-// with a Logger is ready; its methods may be called from any goroutine.
-type RefusalLog struct {
+// Refusals remembers the newest refusals, and tells the log of them, once in a while
+// of each kind: whoever reads the log learns why calls fail, and a flood of bad
+// connections does not fill it. A kind is a listener, a reason and its detail. The
+// zero value with a Logger is ready; its methods may be called from any goroutine.
+type Refusals struct {
 	Logger hclog.Logger
 
-	// mu guards kinds, by kind.
-	mu    sync.Mutex
+	mu    sync.Mutex // guards what follows
+	ring  [KeptRefusals]Refusal
+	n     int // ever added
 	kinds map[refusalKind]*repeated
 }
+
+// KeptRefusals is how many refusals are remembered.
+const KeptRefusals = 64
 
 type refusalKind struct{ listener, reason, detail string }
 
@@ -30,16 +35,17 @@ type repeated struct {
 const (
 	// refusalEvery is how often one kind is told of.
 	refusalEvery = time.Minute
-	// maxRefusalKinds bounds what is remembered; details can be a client's choice.
+	// maxRefusalKinds bounds what is remembered of details, of which there can be as
+	// many as there are endpoints.
 	maxRefusalKinds = 128
 )
 
-// Add tells of a refusal.
-func (l *RefusalLog) Add(r *Refusal) {
-	more, tell := l.count(r)
+// Add remembers a refusal, and maybe tells of it.
+func (l *Refusals) Add(r Refusal) {
+	more, tell := l.add(&r)
 	if !tell {
-		if l.Logger.IsDebug() {
-			l.Logger.Debug("connection refused", r.fields()...)
+		if l.Logger.IsTrace() {
+			l.Logger.Trace("connection refused", r.fields()...)
 		}
 		return
 	}
@@ -56,16 +62,37 @@ func (l *RefusalLog) Add(r *Refusal) {
 	}
 }
 
-// count says whether to tell of a refusal, and how many like it were not told of.
-func (l *RefusalLog) count(r *Refusal) (more int, tell bool) {
+// Newest returns the refusals that are remembered, newest first.
+func (l *Refusals) Newest() []Refusal {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	out := make([]Refusal, 0, min(l.n, KeptRefusals))
+	for i := l.n - 1; i >= max(0, l.n-KeptRefusals); i-- {
+		out = append(out, l.ring[i%KeptRefusals])
+	}
+	return out
+}
+
+// add says whether to tell of a refusal, and how many like it were not told of.
+func (l *Refusals) add(r *Refusal) (more int, tell bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.ring[l.n%KeptRefusals] = *r
+	l.n++
 	k := refusalKind{r.Listener, r.Reason, ""}
 	switch r.Reason {
 	case RefuseConnect, RefuseNoEndpoint, RefuseDenied:
 		k.detail = r.Detail // made by this side
 	}
-	if n := l.kinds[k]; n != nil {
+	n := l.kinds[k]
+	if n == nil && len(l.kinds) >= maxRefusalKinds {
+		maps.DeleteFunc(l.kinds, func(_ refusalKind, n *repeated) bool { return r.At.Sub(n.told) >= refusalEvery })
+		if len(l.kinds) >= maxRefusalKinds {
+			k.detail = ""
+			n = l.kinds[k]
+		}
+	}
+	if n != nil {
 		if r.At.Sub(n.told) < refusalEvery {
 			n.more++
 			return 0, false
@@ -73,7 +100,7 @@ func (l *RefusalLog) count(r *Refusal) (more int, tell bool) {
 		more, n.more, n.told = n.more, 0, r.At
 		return more, true
 	}
-	if l.kinds == nil || len(l.kinds) >= maxRefusalKinds {
+	if l.kinds == nil {
 		l.kinds = map[refusalKind]*repeated{}
 	}
 	l.kinds[k] = &repeated{told: r.At}

@@ -1,6 +1,7 @@
 package gateway_test
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -10,14 +11,14 @@ import (
 	"github.com/sluicemesh/sluice/gateway"
 )
 
-// TestRefusalLog tells of each kind once a minute, and then how many there were.
-func TestRefusalLog(t *testing.T) {
+// TestRefusals tells of each kind once a minute, and then how many there were.
+func TestRefusals(t *testing.T) {
 	var out strings.Builder
-	l := &gateway.RefusalLog{Logger: hclog.New(&hclog.LoggerOptions{Output: &out, Level: hclog.Info})}
+	l := &gateway.Refusals{Logger: hclog.New(&hclog.LoggerOptions{Output: &out, Level: hclog.Info})}
 	start := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 	add := func(after time.Duration, reason, detail string) string {
 		out.Reset()
-		l.Add(&gateway.Refusal{At: start.Add(after), Listener: "upstream", Peer: "10.0.0.1:1", Reason: reason, Detail: detail})
+		l.Add(gateway.Refusal{At: start.Add(after), Listener: "upstream", Peer: "10.0.0.1:1", Reason: reason, Detail: detail})
 		return out.String()
 	}
 	const a, b = "dial tcp 10.2.0.3:21000: unreachable", "dial tcp 10.2.0.4:21000: unreachable"
@@ -39,5 +40,21 @@ func TestRefusalLog(t *testing.T) {
 	}
 	if got := add(time.Second, gateway.RefuseNotTLS, "y"); got != "" {
 		t.Errorf("another that is not TLS: %q", got)
+	}
+	// Very many kinds are told of together.
+	lines := 0
+	for i := range 1000 {
+		lines += strings.Count(add(time.Hour+time.Duration(i)*time.Millisecond, gateway.RefuseConnect, fmt.Sprint("endpoint ", i)), "\n")
+	}
+	if lines < 100 || lines > 200 {
+		t.Errorf("%d lines of 1000 endpoints in a second", lines)
+	}
+	// The newest are remembered.
+	kept := l.Newest()
+	if len(kept) != gateway.KeptRefusals || kept[0].Detail != "endpoint 999" || kept[gateway.KeptRefusals-1].Detail != "endpoint 936" {
+		t.Errorf("%d are remembered, from %+v", len(kept), kept[0])
+	}
+	if kept := new(gateway.Refusals).Newest(); len(kept) != 0 {
+		t.Errorf("remembered of nothing: %v", kept)
 	}
 }

@@ -63,8 +63,7 @@ type Sidecar struct {
 	clusters  map[string]*cluster
 	lastError string
 
-	refused    refusals
-	refusalLog gateway.RefusalLog
+	refused gateway.Refusals
 
 	conns    connSet
 	sessions sessions
@@ -97,13 +96,13 @@ func New(cfg Config) *Sidecar {
 		cfg.Logger = hclog.NewNullLogger()
 	}
 	return &Sidecar{
-		cfg:        cfg,
-		refusalLog: gateway.RefusalLog{Logger: cfg.Logger},
-		wake:       make(chan struct{}, 1),
-		parked:     make(chan struct{}, 1),
-		done:       make(chan struct{}),
-		listeners:  map[string]*listener{},
-		clusters:   map[string]*cluster{},
+		cfg:       cfg,
+		refused:   gateway.Refusals{Logger: cfg.Logger},
+		wake:      make(chan struct{}, 1),
+		parked:    make(chan struct{}, 1),
+		done:      make(chan struct{}),
+		listeners: map[string]*listener{},
+		clusters:  map[string]*cluster{},
 	}
 }
 
@@ -219,7 +218,7 @@ func (s *Sidecar) listen(ctx context.Context, r *routing) {
 
 // Status implements [gateway.DataPlane].
 func (s *Sidecar) Status() gateway.Status {
-	st := gateway.Status{Refused: s.refused.list()}
+	st := gateway.Status{Refused: s.refused.Newest()}
 	if r := s.current.Load(); r != nil {
 		st.Applied, st.AppliedAt = r.table.Index, r.appliedAt
 	}
@@ -255,8 +254,7 @@ func (s *Sidecar) refuse(ses *session, reason string, err error, serverName stri
 	if err != nil {
 		f.Detail = err.Error()
 	}
-	s.refused.add(f)
-	s.refusalLog.Add(&f)
+	s.refused.Add(f)
 }
 
 func addrString(a net.Addr) string {
@@ -264,34 +262,6 @@ func addrString(a net.Addr) string {
 		return ""
 	}
 	return a.String()
-}
-
-// maxRefused is how many refusals are remembered.
-const maxRefused = 64
-
-// refusals is a ring of the newest refusals.
-type refusals struct {
-	mu   sync.Mutex
-	ring [maxRefused]gateway.Refusal
-	n    int // ever added
-}
-
-func (r *refusals) add(f gateway.Refusal) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.ring[r.n%maxRefused] = f
-	r.n++
-}
-
-// list returns them newest first.
-func (r *refusals) list() []gateway.Refusal {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	var out []gateway.Refusal
-	for i := r.n - 1; i >= 0 && i >= r.n-maxRefused; i-- {
-		out = append(out, r.ring[i%maxRefused])
-	}
-	return out
 }
 
 // connSet is the set of open connections, so that the end of Run closes them.

@@ -37,7 +37,7 @@ type Forwarder struct {
 	// view is what Status reads.
 	view    atomic.Pointer[view]
 	changed atomic.Pointer[chan struct{}]
-	refused refusals
+	refused gateway.Refusals
 	fault   atomic.Pointer[string]
 	// faultLogged is when a fault was last logged, 0 for never.
 	faultLogged atomic.Int64
@@ -181,6 +181,7 @@ func New(cfg Config) *Forwarder {
 		calls: make(chan func(*control)), ended: make(chan struct{}),
 	}
 	f.log = f.cfg.Logger.Named("sni")
+	f.refused.Logger = f.log
 	f.lines = newAccessLog(f.cfg.AccessLog)
 	f.view.Store(&view{})
 	ch := make(chan struct{})
@@ -505,7 +506,7 @@ func hasIPv6() bool {
 // Status implements [gateway.DataPlane].
 func (f *Forwarder) Status() gateway.Status {
 	v := f.view.Load()
-	s := gateway.Status{Applied: v.applied, AppliedAt: v.appliedAt, Refused: f.refused.newest()}
+	s := gateway.Status{Applied: v.applied, AppliedAt: v.appliedAt, Refused: f.refused.Newest()}
 	if e := f.fault.Load(); e != nil {
 		s.LastError = *e
 	}
@@ -592,35 +593,5 @@ func (f *Forwarder) refuse(l *listener, peer netip.AddrPort, h *hello, n int, re
 	if h != nil {
 		r.ServerName, r.ALPN = string(h.name()), h.protocols()
 	}
-	f.refused.add(r)
-	if f.log.IsTrace() {
-		f.log.Trace("refused", "listener", r.Listener, "peer_addr", r.Peer, "server_name", r.ServerName,
-			"alpn", r.ALPN, "bytes", n, "reason", reason, "detail", detail)
-	}
-}
-
-const keptRefusals = 64
-
-// refusals is a ring of the newest.
-type refusals struct {
-	mu   sync.Mutex // guards ring and n
-	ring [keptRefusals]gateway.Refusal
-	n    int
-}
-
-func (r *refusals) add(x gateway.Refusal) {
-	r.mu.Lock()
-	r.ring[r.n%keptRefusals] = x
-	r.n++
-	r.mu.Unlock()
-}
-
-func (r *refusals) newest() []gateway.Refusal {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	out := make([]gateway.Refusal, 0, min(r.n, keptRefusals))
-	for i := r.n - 1; i >= max(0, r.n-keptRefusals); i-- {
-		out = append(out, r.ring[i%keptRefusals])
-	}
-	return out
+	f.refused.Add(r)
 }

@@ -255,11 +255,11 @@ func TestRefusals(t *testing.T) {
 		if c := f.cluster("refusing"); c.Failed != 1 || c.Endpoints[0].Failed != 1 || c.Endpoints[0].LastError != "connection refused" {
 			t.Errorf("cluster: %+v", c)
 		}
-		for range keptRefusals {
+		for range gateway.KeptRefusals {
 			f.refused(f.dial(hello))
 		}
-		if n := len(f.Status().Refused); n != keptRefusals {
-			t.Errorf("%d refusals are kept, want %d", n, keptRefusals)
+		if n := len(f.Status().Refused); n != gateway.KeptRefusals {
+			t.Errorf("%d refusals are kept, want %d", n, gateway.KeptRefusals)
 		}
 	})
 }
