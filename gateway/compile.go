@@ -21,6 +21,10 @@ import (
 // DefaultConnectTimeout bounds an attempt to connect where nothing else says.
 const DefaultConnectTimeout = 5 * time.Second
 
+// DefaultAnswerTimeout bounds the wait for an endpoint's first byte, while there is
+// another that could be asked, where nothing else says.
+const DefaultAnswerTimeout = 5 * time.Second
+
 // Compile makes the table of a snapshot. It is pure: equal snapshots have equal
 // tables. An error means that the snapshot is of no use; whatever is wrong with
 // one route or upstream is a warning in the table instead.

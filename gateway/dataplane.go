@@ -71,12 +71,26 @@ type EndpointStatus struct {
 	Address   string // host:port
 	Active    int64
 	Connected uint64
+	// Failed attempts: it could not be connected to, or did not answer. Failures has
+	// them by one of the Fail constants, where the data plane tells.
 	Failed    uint64
-	LastError string `json:",omitempty"`
-	// EjectedUntil is how long the endpoint is passed over, because connecting to it
-	// failed; zero while it is not.
+	Failures  map[string]uint64 `json:",omitempty"`
+	LastError string            `json:",omitempty"`
+	// EjectedUntil is how long the endpoint is passed over, because too many attempts
+	// in a row failed; zero while it is not.
 	EjectedUntil time.Time `json:",omitzero"`
 }
+
+// The reasons why an attempt at an endpoint failed.
+const (
+	FailRefused     = "refused"     // nothing listens there
+	FailTimeout     = "timeout"     // it could not be connected to in time
+	FailUnreachable = "unreachable" // there is no way to it
+	FailReset       = "reset"       // it took the connection and reset it before it answered
+	FailClosed      = "closed"      // it took the connection and closed it before it answered
+	FailNoAnswer    = "no-answer"   // it took the connection and said nothing
+	FailOther       = "other"
+)
 
 // Refusal is a connection that was closed without reaching an endpoint.
 type Refusal struct {
@@ -105,6 +119,7 @@ const (
 	RefuseNoRoute       = "no-route"        // no rule matches the server name
 	RefuseNoEndpoint    = "no-endpoint"     // the cluster has none that may be dialled
 	RefuseConnect       = "connect-failed"  // every endpoint that was tried failed
+	RefuseNoAnswer      = "no-answer"       // the last that was tried took the hello, and ended before it answered
 	RefuseLimit         = "limit"           // Detail names the limit
 	RefuseHandshake     = "tls-handshake"   // sidecar: mutual TLS failed
 	RefuseIdentity      = "identity"        // sidecar: the peer is somebody else

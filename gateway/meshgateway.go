@@ -21,13 +21,32 @@ import (
 type meshEnv struct {
 	datacenter, trustDomain string
 	connectTimeout          time.Duration
-	maxConnections          int
-	connectionRate          float64
-	connectionBurst         int
+	// answerTimeout is that of services here, and answerTimeoutWAN that of gateways
+	// of other datacenters. 0 is the data plane's.
+	answerTimeout, answerTimeoutWAN time.Duration
+	maxConnections                  int
+	connectionRate                  float64
+	connectionBurst                 int
 	// sendProxy goes to gateways of other datacenters, and sendProxyLocal to the
 	// instances of services here.
 	sendProxy, sendProxyLocal ProxyVersion
 	congestion                string // of TCP inside the datacenter
+}
+
+// farther is by how much a gateway waits longer for another datacenter's gateway
+// than that waits for its endpoints: the one that is closer to what is silent is to
+// be the one that asks another.
+const farther = 3 * time.Second
+
+// answerTimeouts are those for services here and for gateways of other datacenters.
+func answerTimeouts(conf *settings) (near, far time.Duration) {
+	switch n := conf.int(0, "answer_timeout_ms"); {
+	case n < 0:
+		return -1, -1
+	case n > 0:
+		near = time.Duration(n) * time.Millisecond
+	}
+	return near, cmp.Or(near, DefaultAnswerTimeout) + farther
 }
 
 // limit sets the bounds that are the same for every cluster.
@@ -72,6 +91,7 @@ func (c *Compiler) meshGateway(t *Table, s *proxycfg.Snapshot) {
 		trustDomain:    s.TrustDomain,
 		connectTimeout: conf.milliseconds(DefaultConnectTimeout, "connect_timeout_ms"),
 	}
+	env.answerTimeout, env.answerTimeoutWAN = answerTimeouts(conf)
 	t.Zone = zoneOf(reg, s.Proxy.Node)
 	limits, done := conf.section("service_limits")
 	env.maxConnections = cmp.Or(limits.count(0, "max_connections"), maxConnections(s.Gateway.Defaults))
@@ -148,6 +168,7 @@ func (c *Compiler) meshGateway(t *Table, s *proxycfg.Snapshot) {
 			// gateway counts; Consul drops IP addresses where there is a hostname.
 			Endpoints:      endpoints(dc.Gateways, dc.Name, true, false),
 			ConnectTimeout: env.connectTimeout,
+			AnswerTimeout:  env.answerTimeoutWAN,
 			Keepalive:      keepalive,
 			SendProxy:      env.sendProxy,
 			Probe:          probe,
@@ -185,6 +206,7 @@ func servers(t *Table, s *proxycfg.Snapshot, env meshEnv, keepalive *Keepalive) 
 			Name:           name,
 			Endpoints:      endpoints(dc.Gateways, dc.Name, true, false),
 			ConnectTimeout: env.connectTimeout,
+			AnswerTimeout:  env.answerTimeoutWAN,
 			Keepalive:      keepalive,
 			SendProxy:      env.sendProxy,
 			Origin:         Origin{Object: "mesh-gateways/" + dc.Name, Datacenter: dc.Name, Index: newest(dc.Gateways)},
@@ -193,6 +215,7 @@ func servers(t *Table, s *proxycfg.Snapshot, env meshEnv, keepalive *Keepalive) 
 	all := Cluster{
 		Name:              strings.ToLower(connect.ServerSNI("", t.Datacenter, domain)),
 		ConnectTimeout:    env.connectTimeout,
+		AnswerTimeout:     env.answerTimeout,
 		CongestionControl: env.congestion,
 		Origin:            Origin{Object: "service/consul", Datacenter: t.Datacenter, Index: newest(s.Gateway.Servers)},
 	}
@@ -377,6 +400,7 @@ func compileService(s *proxycfg.GatewayService, env meshEnv) *serviceMemo {
 	warn := func(text string) { m.warnings = append(m.warnings, "service "+s.Name.String()+": "+text) }
 	base := Cluster{
 		ConnectTimeout: env.connectTimeout,
+		AnswerTimeout:  env.answerTimeout,
 		Origin:         Origin{Object: "service/" + s.Name.String(), Datacenter: env.datacenter, Index: s.Index},
 	}
 	env.limit(&base)

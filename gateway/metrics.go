@@ -59,7 +59,7 @@ var Metrics = []Metric{
 	{metricBytesOut, counter, []string{"proxy", "cluster"}, "bytes from endpoints to clients"},
 	{metricClusterActive, gauge, []string{"proxy", "cluster"}, "open connections"},
 	{metricEndpointConnected, counter, []string{"proxy", "cluster", "endpoint"}, "connections that reached it"},
-	{metricEndpointFailed, counter, []string{"proxy", "cluster", "endpoint"}, "attempts to connect that failed"},
+	{metricEndpointFailed, counter, []string{"proxy", "cluster", "endpoint", "reason"}, "attempts at it that failed, by why"},
 	{metricEndpointActive, gauge, []string{"proxy", "cluster", "endpoint"}, "open connections"},
 	{metricAge, gauge, []string{"proxy"}, "time since the forwarding table was last known to be current"},
 	{metricStale, gauge, []string{"proxy"}, "1 while newer knowledge than the table cannot be had, else 0"},
@@ -257,7 +257,7 @@ func read(proxies []ProxyStatus, now time.Time) reading {
 			for _, e := range c.Endpoints {
 				s.endpoint = e.Address
 				rd.count(s, metricEndpointConnected, e.Connected)
-				rd.count(s, metricEndpointFailed, e.Failed)
+				rd.countFailures(s, &e)
 				rd.gauge(s, metricEndpointActive, float64(e.Active))
 			}
 		}
@@ -268,6 +268,22 @@ func read(proxies []ProxyStatus, now time.Time) reading {
 func (rd *reading) count(s series, metric string, n uint64) {
 	s.metric = metric
 	rd.counters[s] = n
+}
+
+// countFailures counts those whose reason is not told as other ones, so that the
+// sum is right.
+func (rd *reading) countFailures(s series, e *EndpointStatus) {
+	rest := e.Failed
+	for reason, n := range e.Failures {
+		if reason != FailOther {
+			s.reason = reason
+			rd.count(s, metricEndpointFailed, n)
+			rest -= min(rest, n)
+		}
+	}
+	if s.reason = FailOther; rest > 0 {
+		rd.count(s, metricEndpointFailed, rest)
+	}
 }
 
 func (rd *reading) gauge(s series, metric string, v float64) {

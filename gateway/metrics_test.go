@@ -71,7 +71,8 @@ func proxyStatus(accepted, refused, connected, in uint64) gateway.ProxyStatus {
 			}},
 			Clusters: []gateway.ClusterStatus{{
 				Name: "api", Active: 3, Connected: connected, Failed: 1, Retries: 2, BytesIn: in, BytesOut: 2 * in,
-				Endpoints: []gateway.EndpointStatus{{Address: "10.0.0.1:80", Active: 3, Connected: connected, Failed: 2}},
+				Endpoints: []gateway.EndpointStatus{{Address: "10.0.0.1:80", Active: 3, Connected: connected, Failed: 3,
+					Failures: map[string]uint64{gateway.FailReset: 2}}},
 			}},
 		},
 	}
@@ -87,16 +88,17 @@ func TestReporter(t *testing.T) {
 		[]gateway.ProxyStatus{proxyStatus(15, 2, 13, 150)},
 		[]gateway.ProxyStatus{stale})
 	if diff := cmp.Diff(map[string]float64{
-		"proxy.listener.accepted proxy=gw listener=default":                  17,
-		"proxy.listener.refused proxy=gw listener=default reason=no-route":   2,
-		"proxy.listener.closed proxy=gw listener=default reason=done":        15,
-		"proxy.cluster.connected proxy=gw cluster=api":                       15,
-		"proxy.cluster.failed proxy=gw cluster=api":                          1,
-		"proxy.cluster.retries proxy=gw cluster=api":                         2,
-		"proxy.cluster.bytes_in proxy=gw cluster=api":                        160,
-		"proxy.cluster.bytes_out proxy=gw cluster=api":                       320,
-		"proxy.endpoint.connected proxy=gw cluster=api endpoint=10.0.0.1:80": 15,
-		"proxy.endpoint.failed proxy=gw cluster=api endpoint=10.0.0.1:80":    2,
+		"proxy.listener.accepted proxy=gw listener=default":                            17,
+		"proxy.listener.refused proxy=gw listener=default reason=no-route":             2,
+		"proxy.listener.closed proxy=gw listener=default reason=done":                  15,
+		"proxy.cluster.connected proxy=gw cluster=api":                                 15,
+		"proxy.cluster.failed proxy=gw cluster=api":                                    1,
+		"proxy.cluster.retries proxy=gw cluster=api":                                   2,
+		"proxy.cluster.bytes_in proxy=gw cluster=api":                                  160,
+		"proxy.cluster.bytes_out proxy=gw cluster=api":                                 320,
+		"proxy.endpoint.connected proxy=gw cluster=api endpoint=10.0.0.1:80":           15,
+		"proxy.endpoint.failed proxy=gw cluster=api endpoint=10.0.0.1:80 reason=reset": 2,
+		"proxy.endpoint.failed proxy=gw cluster=api endpoint=10.0.0.1:80 reason=other": 1,
 	}, got.counters); diff != "" {
 		t.Errorf("counters (-want +got):\n%s", diff)
 	}

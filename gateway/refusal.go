@@ -55,7 +55,7 @@ func (l *Refusals) Add(r Refusal) {
 	}
 	// What a client did wrong is nothing for the operator to act on.
 	switch r.Reason {
-	case RefuseNoRoute, RefuseNoEndpoint, RefuseConnect, RefuseLimit, RefuseHandshake, RefuseIdentity:
+	case RefuseNoRoute, RefuseNoEndpoint, RefuseConnect, RefuseNoAnswer, RefuseLimit, RefuseHandshake, RefuseIdentity:
 		l.Logger.Warn("connection refused", fields...)
 	default:
 		l.Logger.Info("connection refused", fields...)
@@ -81,7 +81,7 @@ func (l *Refusals) add(r *Refusal) (more int, tell bool) {
 	l.n++
 	k := refusalKind{r.Listener, r.Reason, ""}
 	switch r.Reason {
-	case RefuseConnect, RefuseNoEndpoint, RefuseDenied:
+	case RefuseConnect, RefuseNoAnswer, RefuseNoEndpoint, RefuseDenied:
 		k.detail = r.Detail // made by this side
 	}
 	n := l.kinds[k]
@@ -123,7 +123,7 @@ type Tally struct {
 
 var reasons = [...]string{
 	RefuseHelloTimeout, RefuseHelloTooLarge, RefuseNotTLS, RefuseNoServerName, RefuseBadServerName, RefuseNoRoute,
-	RefuseNoEndpoint, RefuseConnect, RefuseLimit, RefuseHandshake, RefuseIdentity, RefuseDenied, RefuseClientGone,
+	RefuseNoEndpoint, RefuseConnect, RefuseNoAnswer, RefuseLimit, RefuseHandshake, RefuseIdentity, RefuseDenied, RefuseClientGone,
 	CloseDone, CloseReset, CloseIdle, CloseDrain, CloseRemoved, CloseStopped,
 	CloseFailback, CloseRebalance,
 }

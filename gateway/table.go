@@ -196,6 +196,9 @@ type Cluster struct {
 	Pending bool `json:",omitempty"`
 	// ConnectTimeout bounds one attempt to connect to one endpoint.
 	ConnectTimeout time.Duration
+	// AnswerTimeout is how long an endpoint may take for its first byte before
+	// another is asked; 0 is the data plane's default, negative is for ever.
+	AnswerTimeout time.Duration `json:",omitempty"`
 	// Keepalive of connections to the endpoints; nil is the data plane's default.
 	Keepalive *Keepalive `json:",omitempty"`
 	Policy    Policy     `json:",omitempty"`

@@ -2,12 +2,14 @@ package sni
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"maps"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/sluicemesh/sluice/gateway"
@@ -67,11 +69,66 @@ type endpoint struct {
 	connected atomic.Uint64
 	failed    atomic.Uint64
 
-	failures     atomic.Int32 // in a row
+	failures     atomic.Int32 // to connect, in a row
+	silences     atomic.Int32 // times in a row that it was connected to and did not answer
+	answeredAt   atomic.Int64 // when it last did, on the forwarder's clock
 	ejections    atomic.Int32 // in a row
 	ejectedUntil atomic.Int64 // on the forwarder's clock
 	usableSince  atomic.Int64 // on the forwarder's clock, 0 for not; only while connections are moved
-	lastError    atomic.Pointer[string]
+	// silenced says that the ejection is for silence, which no probe that only
+	// connects can lift.
+	silenced  atomic.Bool
+	lastError atomic.Pointer[string]
+	// causes are the failures by failCauses; nil while there are none.
+	causes atomic.Pointer[[len(failCauses)]atomic.Uint64]
+}
+
+// failCauses are the reasons of failures that are counted one by one.
+var failCauses = [...]string{
+	gateway.FailRefused, gateway.FailTimeout, gateway.FailUnreachable, gateway.FailReset, gateway.FailClosed,
+	gateway.FailNoAnswer, gateway.FailOther,
+}
+
+// The ways of an endpoint not to answer.
+var (
+	errResetUnanswered  = errors.New("reset before it answered")
+	errClosedUnanswered = errors.New("closed before it answered")
+	errNoAnswer         = errors.New("no answer in time")
+	errGaveUp           = errors.New("no answer before the client gave up")
+)
+
+func failCause(err error) string {
+	switch {
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return gateway.FailRefused
+	case errors.Is(err, errConnectTimeout), errors.Is(err, syscall.ETIMEDOUT):
+		return gateway.FailTimeout
+	case errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.ENETUNREACH):
+		return gateway.FailUnreachable
+	case errors.Is(err, errResetUnanswered):
+		return gateway.FailReset
+	case errors.Is(err, errClosedUnanswered):
+		return gateway.FailClosed
+	case errors.Is(err, errNoAnswer), errors.Is(err, errGaveUp):
+		return gateway.FailNoAnswer
+	}
+	return gateway.FailOther
+}
+
+// fault counts a failure, and returns what there is to say of it.
+func (e *endpoint) fault(cause error) (text string) {
+	e.failed.Add(1)
+	text = cause.Error()
+	e.lastError.Store(&text)
+	causes := e.causes.Load()
+	if causes == nil {
+		causes = new([len(failCauses)]atomic.Uint64)
+		if !e.causes.CompareAndSwap(nil, causes) {
+			causes = e.causes.Load()
+		}
+	}
+	causes[slices.Index(failCauses[:], failCause(cause))].Add(1)
+	return text
 }
 
 // addresses may be empty: a name that was never resolved has none.
@@ -108,6 +165,7 @@ type tier struct {
 	round     []uint32    // the members' turns in a round of round robin; nil is one each
 	policy    gateway.Policy
 	timeout   time.Duration // of one attempt to connect
+	answer    time.Duration // for the first byte; 0 is the forwarder's
 	keepalive gateway.Keepalive
 	limit     int64 // connections of the owner; 0 is none
 	send      gateway.ProxyVersion
@@ -140,6 +198,8 @@ type dial struct {
 	start   uint32 // where in an endpoint's addresses to begin
 	limited bool   // passed over a cluster because it is full
 	rated   bool   // refused because of the rate of the cluster
+	silent  bool   // the last failure was not to be answered
+	reset   bool   // the last that did not answer reset the connection
 	detail  string // of the last failure
 
 	// The attempt under way.
@@ -203,6 +263,35 @@ func (d *dial) timeout(now int64) time.Duration {
 		t = max(t/time.Duration(left+1), min(t, minAddressTimeout))
 	}
 	return max(min(t, d.f.cfg.ConnectDeadline-time.Duration(now-d.began)), time.Millisecond)
+}
+
+// answerTimeout is how long the endpoint may take for its first byte; 0 is for ever.
+func (d *dial) answerTimeout() time.Duration {
+	return max(cmp.Or(d.tier.answer, d.f.cfg.AnswerTimeout), 0)
+}
+
+// waitedLong says whether a client that goes after it has waited so many nanoseconds
+// for the answer goes because of the wait.
+func (d *dial) waitedLong(wait int64) bool {
+	const long = time.Second
+	limit := d.answerTimeout()
+	return limit > 0 && wait >= int64(min(long, limit/2))
+}
+
+// others says whether there is another endpoint, or another address, that could be
+// tried in place of the one that is.
+func (d *dial) others(now int64) bool {
+	if d.tries >= d.f.cfg.ConnectAttempts || now-d.began >= int64(d.f.cfg.ConnectDeadline) {
+		return false
+	}
+	for i := range d.plan.tiers {
+		for _, m := range d.plan.tiers[i].members {
+			if d.eligible(m.ep, now, true) {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // triedOf counts the attempts at ep, one for each of its addresses.
@@ -345,13 +434,35 @@ func (t *tier) layOut() {
 
 // failed ends the attempt under way: the endpoint could not be connected to.
 func (d *dial) failed(now int64, cause error) {
-	ep := d.ep
 	d.release()
-	ep.failed.Add(1)
-	text := cause.Error()
-	ep.lastError.Store(&text)
-	d.detail = fmt.Sprintf("%s: %s", d.addr, text)
-	d.f.eject(d.tier, ep, now)
+	d.silent = false
+	d.detail = fmt.Sprintf("%s: %s", d.addr, d.ep.fault(cause))
+	d.f.eject(d.tier, d.ep, now)
+}
+
+// unanswered ends the attempt under way: the endpoint was connected to and given
+// the hello, and did not answer it.
+func (d *dial) unanswered(now int64, cause error) {
+	d.release()
+	d.silent = true
+	d.detail = fmt.Sprintf("%s: %s", d.addr, d.ep.fault(cause))
+	d.f.silence(d.tier, d.ep, now)
+}
+
+// suspect counts against the endpoint that it has not answered so far; the attempt
+// goes on.
+func (d *dial) suspect(now int64, cause error) {
+	d.ep.fault(cause)
+	d.f.silence(d.tier, d.ep, now)
+}
+
+// answered is done, once the endpoint's first byte is here.
+func (d *dial) answered(now int64) (*cluster, *endpoint) {
+	d.ep.answeredAt.Store(now)
+	if d.ep.silences.Load() != 0 {
+		d.ep.silences.Store(0)
+	}
+	return d.done()
 }
 
 // abandon ends the attempt under way without a judgement of the endpoint.
@@ -362,14 +473,19 @@ func (d *dial) release() {
 	d.tier.owner.active.Add(-1)
 }
 
-// done ends the choice: the endpoint is connected. The connection counts as
-// active until closed is called with the same owner and endpoint.
-func (d *dial) done() (*cluster, *endpoint) {
-	d.ep.connected.Add(1)
-	d.tier.owner.connected.Add(1)
+// connected notes that the attempt under way has led to a connection.
+func (d *dial) connected() {
 	if d.ep.failures.Load() != 0 {
 		d.ep.failures.Store(0)
 	}
+}
+
+// done ends the choice: the endpoint is the one. The connection counts as active
+// until closed is called with the same owner and endpoint.
+func (d *dial) done() (*cluster, *endpoint) {
+	d.ep.connected.Add(1)
+	d.tier.owner.connected.Add(1)
+	d.connected()
 	return d.tier.owner, d.ep
 }
 
@@ -383,6 +499,8 @@ func closed(c *cluster, ep *endpoint) {
 func (d *dial) refusal() (reason, detail string) {
 	d.cluster.failed.Add(1)
 	switch {
+	case d.silent:
+		return gateway.RefuseNoAnswer, fmt.Sprintf("cluster %s, attempt %d: %s", d.cluster.name, d.tries, d.detail)
 	case d.tries > 0:
 		return gateway.RefuseConnect, fmt.Sprintf("cluster %s, attempt %d: %s", d.cluster.name, d.tries, d.detail)
 	case d.rated:
@@ -402,10 +520,38 @@ func (d *dial) refusal() (reason, detail string) {
 	return gateway.RefuseNoEndpoint, detail
 }
 
-// eject passes an endpoint over for a time, after enough failures in a row, if
-// another of its cluster and priority is left.
+// eject passes an endpoint over for a time, after enough failures to connect in a
+// row, if another of its cluster and priority is left.
 func (f *Forwarder) eject(t *tier, ep *endpoint, now int64) {
-	if int(ep.failures.Add(1)) < f.cfg.EjectAfter || ep.ejectedUntil.Load() > now {
+	if n := ep.failures.Add(1); int(n) >= f.cfg.EjectAfter {
+		f.passOver(t, ep, now, n, false)
+	}
+}
+
+// silence is eject for an endpoint that can be connected to and does not answer.
+// That may be no fault of the endpoint's: a gateway of another datacenter closes what
+// it has no route for. So it counts only while the endpoint has answered nobody for
+// some time, and another has.
+func (f *Forwarder) silence(t *tier, ep *endpoint, now int64) {
+	since := now - int64(f.cfg.EjectBase)
+	n := ep.silences.Add(1)
+	lately := func(e *endpoint) bool {
+		at := e.answeredAt.Load()
+		return at != 0 && at > since
+	}
+	if int(n) < f.cfg.EjectAfter || lately(ep) {
+		return
+	}
+	for _, o := range t.group {
+		if o != ep && lately(o) {
+			f.passOver(t, ep, now, n, true)
+			return
+		}
+	}
+}
+
+func (f *Forwarder) passOver(t *tier, ep *endpoint, now int64, failures int32, silenced bool) {
+	if ep.ejectedUntil.Load() > now {
 		return
 	}
 	last := true
@@ -424,8 +570,9 @@ func (f *Forwarder) eject(t *tier, ep *endpoint, now int64) {
 	}
 	n := min(ep.ejections.Add(1), 16)
 	d := min(f.cfg.EjectBase<<(n-1), f.cfg.EjectMax)
+	ep.silenced.Store(silenced)
 	ep.ejectedUntil.Store(now + int64(d))
-	f.log.Warn("endpoint ejected", "cluster", t.owner.name, "endpoint", ep.key, "for", d, "failures", ep.failures.Load())
+	f.log.Warn("endpoint ejected", "cluster", t.owner.name, "endpoint", ep.key, "for", d, "failures", failures, "error", *ep.lastError.Load())
 }
 
 // registry keeps the state of clusters over tables. Owned by the control
@@ -623,7 +770,7 @@ func (r *registry) tiers(c *cluster, spec *gateway.Cluster, zone string, unknown
 	})
 	for _, k := range ranks {
 		t := tier{owner: c, unknown: unknown, members: groups[k], group: peers[k.priority], policy: spec.Policy,
-			timeout: spec.ConnectTimeout, limit: int64(spec.MaxConnections), send: spec.SendProxy}
+			timeout: spec.ConnectTimeout, answer: spec.AnswerTimeout, limit: int64(spec.MaxConnections), send: spec.SendProxy}
 		if r.congestion[spec.CongestionControl] {
 			t.congestion = spec.CongestionControl
 		}
@@ -682,7 +829,7 @@ func sameCluster(a, b *gateway.Cluster) bool {
 	if a == b {
 		return true
 	}
-	if a.ConnectTimeout != b.ConnectTimeout || a.Policy != b.Policy || a.MaxConnections != b.MaxConnections ||
+	if a.ConnectTimeout != b.ConnectTimeout || a.AnswerTimeout != b.AnswerTimeout || a.Policy != b.Policy || a.MaxConnections != b.MaxConnections ||
 		a.ConnectionRate != b.ConnectionRate || a.ConnectionBurst != b.ConnectionBurst || a.SendProxy != b.SendProxy || a.CongestionControl != b.CongestionControl ||
 		(a.Probe == nil) != (b.Probe == nil) || a.Probe != nil && *a.Probe != *b.Probe ||
 		(a.Keepalive == nil) != (b.Keepalive == nil) || a.Keepalive != nil && *a.Keepalive != *b.Keepalive ||

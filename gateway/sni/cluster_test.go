@@ -289,6 +289,58 @@ func TestEjection(t *testing.T) {
 	}
 }
 
+// An endpoint that does not answer is passed over only when it answers nobody and
+// another does.
+func TestSilence(t *testing.T) {
+	const base = time.Second
+	for name, tc := range map[string]struct {
+		bad, good int64 // when each last answered, before now; -1 is never
+		silences  int
+		ejected   bool
+	}{
+		"alone silent":       {bad: -1, good: 0, silences: 2, ejected: true},
+		"silent for long":    {bad: int64(base), good: 0, silences: 2, ejected: true},
+		"not often enough":   {bad: -1, good: 0, silences: 1},
+		"answered lately":    {bad: int64(base) - 1, good: 0, silences: 2},
+		"so is the other":    {bad: -1, good: -1, silences: 2},
+		"the other was once": {bad: -1, good: int64(base), silences: 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := newChooser(t, Config{EjectAfter: 2, EjectBase: base, EjectMax: time.Minute, ConnectAttempts: 1}, weighted(gateway.PolicyRoundRobin, 1, 1))
+			c.now = int64(time.Hour)
+			bad, good := c.reg.clusters["c"].endpoints["10.0.0.1:1"], c.reg.clusters["c"].endpoints["10.0.0.1:2"]
+			answer := func(ep *endpoint, ago int64) {
+				for ago >= 0 {
+					d := c.begin("c")
+					if d.next(c.now); d.ep == ep {
+						closed(d.answered(c.now - ago))
+						return
+					}
+					d.abandon()
+				}
+			}
+			answer(good, tc.good)
+			answer(bad, tc.bad)
+			for n := 0; n < tc.silences; {
+				d := c.begin("c")
+				if d.next(c.now); d.ep == bad {
+					d.connected()
+					d.unanswered(c.now, errClosedUnanswered)
+					n++
+				} else {
+					d.abandon()
+				}
+			}
+			if got := bad.ejectedUntil.Load() > c.now; got != tc.ejected {
+				t.Errorf("ejected %t, want %t", got, tc.ejected)
+			}
+			if n := c.reg.clusters["c"].active.Load() + bad.active.Load(); n != 0 {
+				t.Errorf("%d are active", n)
+			}
+		})
+	}
+}
+
 func TestStateSurvivesTables(t *testing.T) {
 	web := weighted(gateway.PolicyRoundRobin, 1, 1)
 	c := newChooser(t, Config{}, web)

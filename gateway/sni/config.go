@@ -56,8 +56,13 @@ type Config struct {
 	// ConnectDeadline bounds the time of all attempts together; default 15 s.
 	ConnectDeadline time.Duration
 
-	// EjectAfter is how many failures to connect in a row eject an endpoint;
-	// default 3. It is passed over for EjectBase (default 5 s), doubled each time
+	// AnswerTimeout is how long an endpoint may take for its first byte, after the
+	// hello, before the hello is sent to another, if there is one; for clusters that
+	// do not set their own. Default 5 s, negative is for ever.
+	AnswerTimeout time.Duration
+
+	// EjectAfter is how many failures in a row, to connect or to be answered, eject
+	// an endpoint; default 3. It is passed over for EjectBase (default 5 s), doubled each time
 	// up to EjectMax (default 5 min).
 	EjectAfter          int
 	EjectBase, EjectMax time.Duration
@@ -119,6 +124,7 @@ func (c Config) withDefaults() Config {
 	orInt(&c.PendingHellos, 4096)
 	orInt(&c.ConnectAttempts, 4)
 	or(&c.ConnectDeadline, 15*time.Second)
+	or(&c.AnswerTimeout, gateway.DefaultAnswerTimeout)
 	orInt(&c.EjectAfter, 3)
 	or(&c.EjectBase, 5*time.Second)
 	or(&c.EjectMax, 5*time.Minute)

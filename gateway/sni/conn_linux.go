@@ -1,6 +1,7 @@
 package sni
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -177,6 +178,9 @@ func (l *loop) moreHello(c *conn) {
 		}
 		if done {
 			b.remove()
+			if n == len(room) {
+				c.flags[client] |= flagMore
+			}
 			l.route(c, b.peer, b.buf, &b.scan)
 			return
 		}
@@ -226,7 +230,7 @@ func (l *loop) connect(c *conn, peer netip.AddrPort, data []byte, scan *helloSca
 			var n int
 			if n, e = l.sendHello(c, fd, peer, data, d); e == 0 {
 				c.fd[target] = fd
-				l.open(c, peer, data, n, d)
+				l.open(c, peer, data, scan, n, d)
 				return
 			}
 			if e == unix.EAGAIN {
@@ -240,11 +244,14 @@ func (l *loop) connect(c *conn, peer netip.AddrPort, data []byte, scan *helloSca
 	}
 	reason, detail := d.refusal()
 	l.parse(data, scan)
+	if d.reset {
+		rawAbort(c.fd[client])
+	}
 	l.refuse(c, peer, &l.hello, data, reason, detail)
 }
 
-// await keeps what a connection needs while its endpoint has not answered.
-func (l *loop) await(c *conn, peer netip.AddrPort, data []byte, scan *helloScan, d *dial) {
+// keep keeps what a connection needs until its endpoint has answered.
+func (l *loop) keep(c *conn, peer netip.AddrPort, data []byte, scan *helloScan, d *dial) *begun {
 	b := c.begun
 	if b == nil {
 		b = l.newBegun()
@@ -255,6 +262,12 @@ func (l *loop) await(c *conn, peer netip.AddrPort, data []byte, scan *helloScan,
 	if d != &b.dial {
 		b.dial = *d
 	}
+	return b
+}
+
+// await waits until the endpoint has taken or refused the connection.
+func (l *loop) await(c *conn, peer netip.AddrPort, data []byte, scan *helloScan, d *dial) {
+	l.keep(c, peer, data, scan, d)
 	c.phase = phaseConnecting
 	l.unschedule(c)
 	l.schedule(c, l.now+int64(d.timeout(l.now)))
@@ -270,8 +283,8 @@ func (l *loop) answered(c *conn, events uint32) {
 	n, e := l.sendHello(c, c.fd[target], b.peer, b.buf, &b.dial)
 	switch e {
 	case 0:
-		l.open(c, b.peer, b.buf, n, &b.dial)
-		if events&^uint32(unix.EPOLLOUT) != 0 && c.gen == gen && c.phase == phaseOpen {
+		l.open(c, b.peer, b.buf, &b.scan, n, &b.dial)
+		if events&^uint32(unix.EPOLLOUT) != 0 && c.gen == gen && (c.phase == phaseOpen || c.phase == phaseAnswer) {
 			l.pump(c, target) // it spoke first; the edge was this one
 		}
 	case unix.EAGAIN:
@@ -284,8 +297,43 @@ func (l *loop) nextEndpoint(c *conn, cause error) {
 	b := c.begun
 	rawClose(c.fd[target])
 	c.fd[target], c.flags[target] = -1, 0
-	b.dial.failed(l.now, cause)
+	if c.phase == phaseAnswer {
+		b.dial.unanswered(l.now, cause)
+	} else {
+		b.dial.failed(l.now, cause)
+	}
 	l.connect(c, b.peer, b.buf, &b.scan, &b.dial)
+}
+
+// unanswered goes on with a connection whose endpoint ended it before its first
+// byte. The client has had nothing of it, so that the hello can be sent to another.
+func (l *loop) unanswered(c *conn, cause error) {
+	c.begun.dial.reset = errors.Is(cause, errResetUnanswered)
+	l.nextEndpoint(c, cause)
+}
+
+// silent goes on with a connection whose endpoint says nothing.
+func (l *loop) silent(c *conn) {
+	d := &c.begun.dial
+	if !d.others(l.now) {
+		d.suspect(l.now, errNoAnswer)
+		l.settle(c, false) // nobody else can be asked: it may still come
+		return
+	}
+	rawAbort(c.fd[target])
+	d.reset = false
+	l.nextEndpoint(c, errNoAnswer)
+}
+
+// spoke goes on with a connection whose client sends more, or ends, before the
+// endpoint has answered: the hello is no longer all there is to send.
+func (l *loop) spoke(c *conn, events uint32) bool {
+	b := c.begun
+	if events&(unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0 && b.dial.waitedLong(l.now-b.sentAt) {
+		b.dial.suspect(l.now, errGaveUp)
+	}
+	l.settle(c, false)
+	return l.pump(c, client)
 }
 
 // parse reads a complete hello into l.hello: once to route it, and again to tell
@@ -315,25 +363,13 @@ func (l *loop) sendHello(c *conn, fd int32, peer netip.AddrPort, data []byte, d 
 	return rawSend2(fd, l.head, data)
 }
 
-// open begins to move bytes. sent of l.head and of data, the hello, are with the
-// endpoint.
-func (l *loop) open(c *conn, peer netip.AddrPort, data []byte, sent int, d *dial) {
-	c.owner, c.ep = d.done()
-	c.via = d.cluster.number
-	l.moved(c, client, max(0, sent-len(l.head)))
-	c.phase = phaseOpen
-	c.active = l.clock
-	if logged := c.note != nil && c.note.logged; logged || l.f.log.IsTrace() {
-		var scan helloScan
-		if scan.feed(data, maxHelloBytes+1); scan.need > 0 && scan.msg == scan.need {
-			l.parse(data, &scan)
-		}
-		if logged {
-			c.note.name = string(l.hello.name())
-		}
-		l.f.log.Trace("connected", "listener", c.l.name(), "peer_addr", peer, "server_name", string(l.hello.name()),
-			"cluster", c.owner.name, "endpoint", c.ep.key)
-	}
+// open begins to wait for the answer. sent of l.head and of data, the hello, are
+// with the endpoint.
+func (l *loop) open(c *conn, peer netip.AddrPort, data []byte, scan *helloScan, sent int, d *dial) {
+	d.connected()
+	b := l.keep(c, peer, data, scan, d)
+	b.sentAt, b.passed = l.now, max(0, sent-len(l.head))
+	c.phase = phaseAnswer
 	var out uint32
 	if sent < len(l.head)+len(data) {
 		h := l.newHeld()
@@ -345,6 +381,50 @@ func (l *loop) open(c *conn, peer netip.AddrPort, data []byte, sent int, d *dial
 		}
 		c.held[client] = h
 		out = unix.EPOLLOUT
+		l.settle(c, false)
+	} else if limit := b.dial.answerTimeout(); limit > 0 {
+		l.unschedule(c)
+		l.schedule(c, l.now+int64(limit))
+	} else {
+		l.unschedule(c)
+	}
+	l.watch(c, target, out)
+	switch {
+	case c.flags[client]&flagAdded == 0:
+		l.watch(c, client, 0)
+	case c.phase&doomed != 0:
+	case c.phase == phaseOpen:
+		// Edges that came before are gone.
+		l.pump(c, client)
+	case c.flags[client]&(flagMore|flagHup) != 0:
+		l.spoke(c, 0)
+	}
+}
+
+// settle ends the time in which another endpoint could be asked.
+func (l *loop) settle(c *conn, answered bool) {
+	b := c.begun
+	d := &b.dial
+	if answered {
+		c.owner, c.ep = d.answered(l.now)
+	} else {
+		c.owner, c.ep = d.done()
+	}
+	c.via = d.cluster.number
+	l.moved(c, client, b.passed)
+	c.phase = phaseOpen
+	c.active = l.clock
+	peer, data := b.peer, b.buf
+	if logged := c.note != nil && c.note.logged; logged || l.f.log.IsTrace() {
+		var scan helloScan
+		if scan.feed(data, maxHelloBytes+1); scan.need > 0 && scan.msg == scan.need {
+			l.parse(data, &scan)
+		}
+		if logged {
+			c.note.name = string(l.hello.name())
+		}
+		l.f.log.Trace("connected", "listener", c.l.name(), "peer_addr", peer, "server_name", string(l.hello.name()),
+			"cluster", c.owner.name, "endpoint", c.ep.key)
 	}
 	// Keepalive is for connections that last: set then, it costs the short ones
 	// nothing.
@@ -352,19 +432,9 @@ func (l *loop) open(c *conn, peer netip.AddrPort, data []byte, sent int, d *dial
 	if idle := c.l.terms.Load().idle; idle > 0 {
 		wait = min(wait, idle)
 	}
-	waited := c.begun != nil
-	if waited {
-		l.dropBegun(c)
-		l.unschedule(c)
-	}
+	l.dropBegun(c)
+	l.unschedule(c)
 	l.schedule(c, l.now+int64(wait))
-	l.watch(c, target, out)
-	if c.flags[client]&flagAdded == 0 {
-		l.watch(c, client, 0)
-	} else {
-		// Edges that came before are gone.
-		l.pump(c, client)
-	}
 }
 
 // watch puts a side into the epoll set, or adds EPOLLOUT to what is watched.
@@ -409,11 +479,17 @@ func (l *loop) event(key uint32, gen int32, events uint32) {
 	case phaseConnecting:
 		if side == target {
 			l.answered(c, events)
-		} else if events&unix.EPOLLERR != 0 {
+		} else if c.flags[client] |= flagMore; events&unix.EPOLLERR != 0 {
 			b := c.begun
 			b.dial.abandon()
 			l.parse(b.buf, &b.scan)
 			l.refuse(c, b.peer, &l.hello, b.buf, gateway.RefuseClientGone, "while connecting to "+b.dial.addr.String())
+		}
+	case phaseAnswer:
+		if side == client {
+			l.spoke(c, events)
+		} else if events&^uint32(unix.EPOLLOUT) != 0 {
+			l.pump(c, target)
 		}
 	case phaseOpen:
 		if events&unix.EPOLLERR != 0 && c.held[side] != nil {
@@ -510,7 +586,7 @@ func (l *loop) connsOf(chunks [][]conn) func(yield func(*conn) bool) {
 
 // cut ends a connection in whatever phase it is, for a reason of ours.
 func (l *loop) cut(c *conn, why closeReason) {
-	if c.phase&^doomed == phaseConnecting {
+	if p := c.phase &^ doomed; p == phaseConnecting || p == phaseAnswer {
 		c.begun.dial.abandon()
 	}
 	if b := c.begun; b != nil {
@@ -597,8 +673,11 @@ func (l *loop) connection(c *conn) gateway.Connection {
 		Listener: c.l.name(), Client: l.peer(c).String(), Since: l.f.at(c.since()),
 		BytesIn: c.bytes[client], BytesOut: c.bytes[target],
 	}
-	if c.owner != nil {
+	switch {
+	case c.owner != nil:
 		x.Cluster, x.Endpoint = c.owner.name, c.ep.key
+	case c.phase == phaseAnswer:
+		x.Cluster, x.Endpoint = c.begun.dial.tier.owner.name, c.begun.dial.ep.key
 	}
 	if c.note != nil {
 		x.ServerName = c.note.name

@@ -130,6 +130,7 @@ const (
 	phaseFree = iota
 	phaseHello
 	phaseConnecting
+	phaseAnswer // the hello is with the endpoint, and can be sent to another
 	phaseOpen
 
 	// doomed marks a connection that the timer is to end: events cannot be had.
@@ -146,6 +147,10 @@ const (
 	flagNoDelay             // the target's socket has TCP_NODELAY; the client's has it by inheritance
 	flagKeep                // both sockets have keepalive; a flag of the target
 	flagQueued              // waits in the run queue
+
+	// flagMore says that the client may have sent more than the hello; a flag of the
+	// client, which has no use for the other meaning.
+	flagMore = flagNoDelay
 )
 
 // conn is one connection with both its sockets: all there is of it while it is
@@ -199,7 +204,8 @@ type held struct {
 
 type pipe struct{ r, w int32 }
 
-// begun is what a connection needs before it is open and not after.
+// begun is what a connection needs before it is open, the answer of its endpoint
+// included, and not after.
 type begun struct {
 	peer netip.AddrPort
 	buf  []byte // the hello so far; its capacity is a class of blocks
@@ -207,6 +213,8 @@ type begun struct {
 	dial dial
 	// expect says that a header of the PROXY protocol may come, and was not seen.
 	expect bool
+	sentAt int64 // when the endpoint had the hello
+	passed int   // bytes of the hello that it has
 
 	// While the hello is waited for: the queue it is in, and its neighbours there.
 	hellos       *hellos
@@ -261,9 +269,11 @@ const (
 	burst = 2 << 20
 	// bulkLeast is what a splice must have moved for the next to be worth it.
 	bulkLeast  = 32 << 10
-	maxPipes   = 256 // in use by one loop: 512 descriptors, 64 MiB when all are full
-	keepPipes  = 32  // unused in its pool
-	keepBlocks = 64  // of each size
+	maxPipes   = 256     // in use by one loop: 512 descriptors, 64 MiB when all are full
+	keepPipes  = 32      // unused in its pool
+	keepBlocks = 1 << 20 // bytes of each size
+	keepBegun  = 512
+	keepHeld   = 64
 	keepNotes  = 1024
 
 	tickShift  = 23 // a tick is 8.4 ms

@@ -113,7 +113,7 @@ var closeNames = [closeReasons]string{
 var refuseReasons = [...]string{
 	gateway.RefuseHelloTimeout, gateway.RefuseHelloTooLarge, gateway.RefuseNotTLS, gateway.RefuseNoServerName,
 	gateway.RefuseBadServerName, gateway.RefuseNoRoute, gateway.RefuseNoEndpoint, gateway.RefuseConnect,
-	gateway.RefuseLimit, gateway.RefuseClientGone, gateway.RefuseProxyHeader,
+	gateway.RefuseLimit, gateway.RefuseClientGone, gateway.RefuseProxyHeader, gateway.RefuseNoAnswer,
 }
 
 // countRefusal counts a connection that reaches no endpoint.
@@ -568,6 +568,11 @@ func (c *cluster) status(f *Forwarder) gateway.ClusterStatus {
 		es := gateway.EndpointStatus{Address: ep.key, Active: ep.active.Load(), Connected: ep.connected.Load(), Failed: ep.failed.Load()}
 		if e := ep.lastError.Load(); e != nil {
 			es.LastError = *e
+		}
+		if causes := ep.causes.Load(); causes != nil {
+			for i := range causes {
+				es.Failures = countOf(es.Failures, failCauses[i], causes[i].Load())
+			}
 		}
 		if ep.host != nil {
 			if e := ep.host.err.Load(); e != nil {

@@ -29,7 +29,7 @@ func (l *loop) unblock(b []byte) {
 	if cap(b) == 0 {
 		return
 	}
-	if k := blockClass(cap(b)); len(l.blocks[k]) < keepBlocks {
+	if k := blockClass(cap(b)); len(l.blocks[k])<<(k+smallestBlock) < keepBlocks {
 		l.blocks[k] = append(l.blocks[k], b)
 	}
 }
@@ -49,7 +49,7 @@ func (l *loop) dropHeld(h *held) {
 		l.dropPipe(h.pipe, h.n == 0)
 	}
 	*h = held{}
-	if len(l.helds) < keepBlocks {
+	if len(l.helds) < keepHeld {
 		l.helds = append(l.helds, h)
 	}
 }
@@ -69,7 +69,7 @@ func (l *loop) dropBegun(c *conn) {
 	c.begun = nil
 	l.unblock(b.buf)
 	*b = begun{}
-	if len(l.begins) < keepBlocks {
+	if len(l.begins) < keepBegun {
 		l.begins = append(l.begins, b)
 	}
 }

@@ -159,7 +159,7 @@ func (p *prober) probe(ctx context.Context, t *tier, ep *endpoint, addr netip.Ad
 	default:
 		c.Close()
 		ep.failures.Store(0)
-		if ep.ejectedUntil.Swap(0) > p.f.now() {
+		if !ep.silenced.Load() && ep.ejectedUntil.Swap(0) > p.f.now() {
 			p.f.log.Info("endpoint is back, as a probe found", "cluster", t.owner.name, "endpoint", ep.key)
 		}
 	}

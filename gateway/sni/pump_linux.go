@@ -50,6 +50,16 @@ func (l *loop) pump(c *conn, src int) bool {
 		switch {
 		case e == unix.EAGAIN:
 			return true
+		case c.phase == phaseAnswer: // and src is the target
+			switch {
+			case e != 0:
+				l.unanswered(c, errResetUnanswered)
+				return false
+			case n == 0:
+				l.unanswered(c, errClosedUnanswered)
+				return false
+			}
+			l.settle(c, true)
 		case e != 0:
 			l.end(c, true, closeReset)
 			return false

@@ -29,7 +29,7 @@ const (
 // and is likely to reach it. That the time of an ejection is over is no sign that it
 // is back; a connection or a probe is.
 func (e *endpoint) usable(now int64) bool {
-	return e.failures.Load() == 0 && e.ejectedUntil.Load() <= now && len(e.addresses()) > 0
+	return e.failures.Load() == 0 && e.silences.Load() == 0 && e.ejectedUntil.Load() <= now && len(e.addresses()) > 0
 }
 
 // steady returns since when the endpoint has been usable, or 0 where that is not

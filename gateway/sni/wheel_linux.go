@@ -111,6 +111,8 @@ func (l *loop) fire(c *conn) {
 		l.refuse(c, c.begun.peer, nil, c.begun.buf, gateway.RefuseHelloTimeout, l.f.cfg.HelloTimeout.String())
 	case phaseConnecting:
 		l.nextEndpoint(c, errConnectTimeout)
+	case phaseAnswer:
+		l.silent(c)
 	case phaseOpen:
 		if c.flags[target]&flagKeep == 0 {
 			c.flags[target] |= flagKeep
@@ -127,7 +129,7 @@ func (l *loop) fire(c *conn) {
 		} else {
 			l.schedule(c, l.now+int64(idle-quiet))
 		}
-	case phaseConnecting | doomed:
+	case phaseConnecting | doomed, phaseAnswer | doomed:
 		c.begun.dial.abandon()
 		l.end(c, true, closeReset)
 	default:
