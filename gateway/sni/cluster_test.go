@@ -398,13 +398,14 @@ func TestResolver(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		var mu sync.Mutex // guards what follows, for the race detector
 		var answer []netip.Addr
+		var ttl time.Duration
 		var fail error
 		asked := 0
-		lookup := func(context.Context, string) ([]netip.Addr, error) {
+		lookup := func(context.Context, string) ([]netip.Addr, time.Duration, error) {
 			mu.Lock()
 			defer mu.Unlock()
 			asked++
-			return answer, fail
+			return answer, ttl, fail
 		}
 		set := func(a []netip.Addr, err error) {
 			mu.Lock()
@@ -452,6 +453,20 @@ func TestResolver(t *testing.T) {
 		synctest.Wait()
 		if h.err.Load() != nil || len(*h.addrs.Load()) != 1 {
 			t.Errorf("after a new answer: %v, %v", h.err.Load(), h.addrs.Load())
+		}
+		// Where it is known how long an answer holds, that is when it is asked again.
+		mu.Lock()
+		ttl = time.Minute
+		mu.Unlock()
+		time.Sleep(13 * time.Second)
+		before = count()
+		time.Sleep(45 * time.Second)
+		if n := count(); n != before {
+			t.Errorf("asked %d times while the answer holds", n-before)
+		}
+		time.Sleep(time.Minute)
+		if n := count(); n < before+1 || n > before+2 {
+			t.Errorf("asked %d times in 105 s", n-before)
 		}
 		r.retain(nil)
 		synctest.Wait()

@@ -2,11 +2,8 @@ package sni
 
 import (
 	"cmp"
-	"context"
 	"errors"
 	"fmt"
-	"net"
-	"net/netip"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -81,9 +78,12 @@ type Config struct {
 	// after which cloud load balancers and NAT gateways forget a connection.
 	Keepalive gateway.Keepalive
 
-	// Lookup resolves host names; default is net.DefaultResolver.
+	// Lookup resolves host names; default is as the system is configured, a name
+	// being looked up again when its TTL is over, which is taken as at least 2 s and
+	// at most 5 min.
 	Lookup LookupFunc
-	// LookupInterval is the time between lookups of a name; default 10 s.
+	// LookupInterval is the time between lookups of a name whose TTL is not known;
+	// default 10 s.
 	LookupInterval time.Duration
 	// LookupWait is how long a table with new host names waits for their
 	// addresses before it is taken without; default 1 s.
@@ -115,9 +115,7 @@ func (c Config) withDefaults() Config {
 		c.Logger = hclog.NewNullLogger()
 	}
 	if c.Lookup == nil {
-		c.Lookup = func(ctx context.Context, host string) ([]netip.Addr, error) {
-			return net.DefaultResolver.LookupNetIP(ctx, "ip", host)
-		}
+		c.Lookup = systemLookup
 	}
 	or(&c.HelloTimeout, 5*time.Second)
 	orInt(&c.HelloBytes, maxHelloBytes)

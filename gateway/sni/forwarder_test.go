@@ -694,12 +694,12 @@ func TestHostnames(t *testing.T) {
 		port := netip.MustParseAddrPort(b.addr).Port()
 		var answer atomic.Pointer[[]netip.Addr]
 		asked := make(chan struct{}, 1000)
-		lookup := func(_ context.Context, host string) ([]netip.Addr, error) {
+		lookup := func(_ context.Context, host string) ([]netip.Addr, time.Duration, error) {
 			defer func() { asked <- struct{}{} }()
 			if a := answer.Load(); a != nil && host == "gw.dc2.example" {
-				return *a, nil
+				return *a, 0, nil
 			}
-			return nil, errors.New("no such host")
+			return nil, 0, errors.New("no such host")
 		}
 		web := clusterOf("web")
 		web.Endpoints = []gateway.Endpoint{{Address: "gw.dc2.example", Port: int(port), Healthy: true, Weight: 1}}

@@ -14,8 +14,9 @@ import (
 	"github.com/hashicorp/go-hclog"
 )
 
-// LookupFunc resolves a host name to all of its addresses.
-type LookupFunc func(ctx context.Context, host string) ([]netip.Addr, error)
+// LookupFunc resolves a host name to all of its addresses, and says for how long
+// they hold; 0 is not known.
+type LookupFunc func(ctx context.Context, host string) (addrs []netip.Addr, ttl time.Duration, err error)
 
 const (
 	lookupTimeout   = 5 * time.Second
@@ -116,10 +117,13 @@ func (r *resolver) follow(ctx context.Context, h *host, name string, port uint16
 			return
 		case <-t.C:
 		}
-		// The interval stands in for the TTL, which the system's resolver does not
-		// tell; the jitter keeps many gateways from asking in step.
-		wait := r.interval + rand.N(r.interval/lookupJitterDiv+1)
-		if err := r.once(ctx, h, name, port); err != nil {
+		ttl, err := r.once(ctx, h, name, port)
+		if err != nil || ttl <= 0 {
+			ttl = r.interval
+		}
+		// The jitter keeps many gateways from asking in step.
+		wait := ttl + rand.N(ttl/lookupJitterDiv+1)
+		if err != nil {
 			if ctx.Err() != nil {
 				return
 			}
@@ -137,16 +141,16 @@ func (r *resolver) follow(ctx context.Context, h *host, name string, port uint16
 	}
 }
 
-func (r *resolver) once(ctx context.Context, h *host, name string, port uint16) error {
+func (r *resolver) once(ctx context.Context, h *host, name string, port uint16) (ttl time.Duration, err error) {
 	select {
 	case r.slots <- struct{}{}:
 		defer func() { <-r.slots }()
 	case <-ctx.Done():
-		return ctx.Err()
+		return 0, ctx.Err()
 	}
 	ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
 	defer cancel()
-	ips, err := r.lookup(ctx, name)
+	ips, ttl, err := r.lookup(ctx, name)
 	if err == nil && len(ips) == 0 {
 		err = errors.New("no address")
 	}
@@ -159,7 +163,7 @@ func (r *resolver) once(ctx context.Context, h *host, name string, port uint16) 
 	default:
 		close(h.ready)
 	}
-	return err
+	return ttl, err
 }
 
 // interleave orders addresses so that the families alternate (RFC 8305 4): the
