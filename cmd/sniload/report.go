@@ -61,7 +61,7 @@ var tables = []table{
 	{"connpin", "Short connections, the forwarder on one core", "The load has another core.", connColumns},
 	{"rr64pin", "Ping-pong on 64 connections, the forwarder on one core", "", tripColumns},
 	{"downpin", "Bulk from server to client, the forwarder on one core", "", bulkColumns},
-	{"many", "9,000 idle connections", "With 20,000 descriptors. The portable engine keeps a pipe for each direction.",
+	{"many", "9,000 idle connections", "With 20,000 descriptors.",
 		[]column{{"open", "open", 1}, {"user", "user B/conn", 1}, {"files", "descriptors/conn", 1}, {"kernel", "kernel B/conn", 1}, {"idle", "idle CPU %", 100}}},
 	{"churn", "10,000 names replaced every second", "500 connections per second, quiet and with the names (and the clusters they lead to) replaced, in turns. Growth is from the second table to the last.",
 		append(slices.Clone(pairColumns), column{"took", "ms until in use", 1e3}, column{"tables", "tables", 1}, column{"growth", "growth MB", 1e-6}, column{"files", "descriptors more", 1})},

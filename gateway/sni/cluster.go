@@ -56,6 +56,18 @@ func (c *cluster) counter(worker, workers int) *byteCount {
 	return &(*c.bytes.Load())[worker]
 }
 
+// keepalive is that of the cluster's connections, as its table now says.
+func (c *cluster) keepalive() (k gateway.Keepalive) {
+	if pl := c.plan.Load(); pl != nil {
+		for i := range pl.tiers {
+			if pl.tiers[i].owner == c {
+				return pl.tiers[i].keepalive
+			}
+		}
+	}
+	return k
+}
+
 // endpoint is the running state of an endpoint of a cluster, kept as long as
 // some table of the cluster names its address.
 type endpoint struct {

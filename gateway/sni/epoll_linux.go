@@ -53,26 +53,9 @@ func (e *epoll) listen(l *listener) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if addr.Port() != 0 {
-		// SO_REUSEPORT would share the port with another process of this user: a
-		// second agent by mistake would take half of the connections in silence.
-		fd, _, err := listenSocket(addr, false)
-		if err != nil {
-			return "", err
-		}
-		rawClose(fd)
-	}
-	var fds []int32
-	for range e.loops {
-		fd, bound, err := listenSocket(addr, true)
-		if err != nil {
-			for _, fd := range fds {
-				rawClose(fd)
-			}
-			return "", err
-		}
-		fds = append(fds, fd)
-		addr = bound // the port that the first was given
+	fds, addr, err := listenSockets(addr, len(e.loops))
+	if err != nil {
+		return "", err
 	}
 	for i, lp := range e.loops {
 		lp.do(func() { lp.addListener(l, fds[i]) })
@@ -261,12 +244,8 @@ func (b *begun) remove() {
 }
 
 const (
-	readBuffer = 64 << 10
-	pipeSize   = 256 << 10
-	leastPipe  = 64 << 10
-	// burst bounds what is moved for one connection before others have their
-	// turn.
-	burst = 2 << 20
+	pipeSize  = 256 << 10
+	leastPipe = 64 << 10
 	// bulkLeast is what a splice must have moved for the next to be worth it.
 	bulkLeast  = 32 << 10
 	maxPipes   = 256     // in use by one loop: 512 descriptors, 64 MiB when all are full
@@ -374,8 +353,7 @@ func newLoop(e *epoll, worker int) (*loop, error) {
 
 func (l *loop) free() {
 	for _, p := range l.pipes {
-		rawClose(p.r)
-		rawClose(p.w)
+		p.close()
 	}
 	rawClose(l.ev)
 	rawClose(l.ep)
@@ -526,16 +504,13 @@ func (l *loop) removeListener(ln *listener) {
 func (l *loop) accept(s *sock) {
 	for k := 0; k < s.batch; k++ {
 		fd, e := rawAccept(s.fd, &l.sa)
-		switch e {
-		case 0:
+		switch {
+		case e == 0:
 			l.begin(s, fd)
-		case unix.EAGAIN:
+		case e == unix.EAGAIN:
 			s.batch = max(1, k)
 			return
-		case unix.EINTR, unix.ECONNABORTED, unix.EPROTO, unix.ENETDOWN, unix.ENOPROTOOPT,
-			unix.EHOSTDOWN, unix.ENONET, unix.EHOSTUNREACH, unix.EOPNOTSUPP, unix.ENETUNREACH, unix.EPERM:
-			// Of the one connection (accept(2)): there may be others.
-		default:
+		case !passing(e):
 			l.f.fail(fmt.Errorf("accept on %s: %w", s.l.address, e))
 			l.pause()
 			return

@@ -12,6 +12,9 @@ import (
 	"github.com/sluicemesh/sluice/gateway"
 )
 
+// setLimit sets a limit, whose type is not the same on all systems.
+func setLimit[T int64 | uint64](limit *T, n int) { *limit = T(n) }
+
 // fewDescriptors leaves this process with n more descriptors to open, and
 // returns a function that makes it more.
 func fewDescriptors(t *testing.T, n int) (more func(n int)) {
@@ -26,7 +29,7 @@ func fewDescriptors(t *testing.T, n int) (more func(n int)) {
 	}
 	syscall.Close(top)
 	low := was
-	low.Cur = uint64(top + 64)
+	setLimit(&low.Cur, top+64)
 	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &low); err != nil {
 		t.Fatal(err)
 	}

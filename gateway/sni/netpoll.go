@@ -4,8 +4,6 @@ import (
 	"container/list"
 	"context"
 	"errors"
-	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -18,134 +16,120 @@ import (
 	"github.com/sluicemesh/sluice/gateway"
 )
 
-// netpoll is the portable engine: goroutines on the runtime's poller.
+// netpoll is the portable engine: goroutines on the runtime's poller. What is
+// done with sockets is in a file for each kind of system; where bytes are moved
+// by system calls on descriptors that do not block, a goroutine that waits has
+// hardly anything but its stack.
+//
+// A connection's sockets are closed once, by the last that works for it: until
+// then their descriptors are its own, whoever asks for its end. Who does so makes
+// its waits fail, see abort.
 type netpoll struct {
 	f      *Forwarder
 	ctx    context.Context // ends with stop; a dial under way ends with it
 	cancel context.CancelFunc
-	wg     sync.WaitGroup
-	bufs   sync.Pool
+	wg     sync.WaitGroup // of what accepts, and of connections
+	blocks blockPools
+	setups sync.Pool
+	pipes  sharedPipes
 
 	socks map[*listener]*netpollListener // control goroutine only
 
-	mu    sync.Mutex // guards what follows
+	mu sync.Mutex // guards what follows
+	// conns are the connections that can be told of and closed: those that wait for
+	// something.
 	conns map[*netpollConn]struct{}
 	// hellos are the connections of a listener whose hello is waited for, by age.
 	hellos map[*listener]*list.List
 	ended  bool
 }
 
-type netpollListener struct {
-	*net.TCPListener
-	last atomic.Bool   // the deadline is the end
-	done chan struct{} // closed when its accept loop has ended
-}
-
 // netpollConn is one connection, from accepting to the end of both directions.
 type netpollConn struct {
-	l        *listener
-	client   *net.TCPConn
-	endpoint *net.TCPConn // guarded by the engine's mutex until it is set
+	e      *netpoll
+	l      *listener
+	side   [2]wire
+	halves [2]half // by the side they come from
 
 	born       int64     // on the forwarder's clock
 	owner      *cluster  // guarded by the engine's mutex until it is set
 	ep         *endpoint // with owner
 	via        uint32    // the number of the cluster it was routed to, with owner
 	count      *byteCount
-	bytes      [2]atomic.Uint64 // that were passed on, from the client and to it
+	bytes      [2]atomic.Uint64 // that were passed on, by the side they came from
 	lastActive atomic.Int64     // on the forwarder's clock
-	halves     atomic.Int32     // directions that have ended
+	running    atomic.Int32     // halves whose goroutines have not ended
+	ends       atomic.Int32     // directions whose end was passed on
 	why        atomic.Int32     // closeReason of the end; the first that is set counts
-	shed       atomic.Bool      // closed because others wait too
-	source     *source          // accounts the connection; nil where sources are not limited
-	served     func()           // ends the wait for the hello
+	aborted    atomic.Bool
+	kept       atomic.Bool // both sockets have keepalive
+	logged     bool
+	source     *source // accounts the connection; nil where sources are not limited
 
 	// peer is the source, as the kernel or a PROXY header says; local the address it
-	// connected to. Guarded by the engine's mutex once serve has begun.
+	// connected to, valid where a header said so. Guarded by the engine's mutex once
+	// others can see the connection.
 	peer, local netip.AddrPort
 	name        string // kept where the end is to be told
 }
 
-// cause sets why the connection ends, unless something ended it before.
-func (c *netpollConn) cause(why closeReason) { c.why.CompareAndSwap(0, int32(why)) }
+// half is one direction of an open connection.
+type half struct {
+	p    *netpollConn
+	src  uint8
+	full uint8 // reads in a row that filled the buffer
+	bulk bool  // sends so much that it is spliced
+	past bool  // has written, after the hello
 
-// copyChunk is after how many bytes a direction is accounted: io.Copy would
-// tell only at its end.
-const copyChunk = 1 << 20
+	// What was read and could not be written yet.
+	held   *block
+	data   []byte // the part of held still to be written
+	pipe   pipe
+	inPipe int
+}
+
+// setup is what a connection needs before it is open and not after.
+type setup struct {
+	p       *netpollConn
+	t       *terms
+	block   *block
+	data    []byte // what was read, at the start of block
+	scan    helloScan
+	expect  bool // a header of the PROXY protocol may come, and was not seen
+	scratch []byte
+	hello   hello
+	dial    dial
+	header  [maxProxyV1]byte
+
+	// While the hello is waited for: the queue it is in, and its place there.
+	queue *list.List
+	at    *list.Element
+	shed  bool // guarded by the engine's mutex
+}
+
+// cause sets why the connection ends, unless something ended it before.
+func (p *netpollConn) cause(why closeReason) { p.why.CompareAndSwap(0, int32(why)) }
 
 func newNetpoll(f *Forwarder) engine {
 	e := &netpoll{f: f, socks: map[*listener]*netpollListener{}, conns: map[*netpollConn]struct{}{}, hellos: map[*listener]*list.List{}}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
-	e.bufs.New = func() any { b := make([]byte, 4<<10); return &b }
 	return e
 }
 
-func (e *netpoll) keepalive(k gateway.Keepalive) net.KeepAliveConfig {
-	k = e.f.cfg.keepalive(k)
-	return net.KeepAliveConfig{Enable: true, Idle: k.Idle, Interval: k.Interval, Count: k.Probes}
-}
-
-func (e *netpoll) listen(l *listener) (string, error) {
-	addr, err := checkListener(l)
-	if err != nil {
-		return "", err
-	}
-	// "tcp" for [::], which then serves IPv4 too; an address of a family is of
-	// that family.
-	network := "tcp"
-	if addr.Addr().Is4() {
-		network = "tcp4"
-	}
-	lc := net.ListenConfig{KeepAliveConfig: e.keepalive(gateway.Keepalive{})}
-	lc.SetMultipathTCP(false) // it cannot be held off, see hold
-	ln, err := lc.Listen(e.ctx, network, addr.String())
-	if err != nil {
-		return "", err
-	}
-	s := &netpollListener{TCPListener: ln.(*net.TCPListener), done: make(chan struct{})}
-	e.socks[l] = s
-	e.wg.Go(func() {
-		defer close(s.done)
-		e.accept(l, s)
-	})
-	return ln.Addr().String(), nil
-}
-
-// lastAccept is how long a socket that is to be closed accepts what waits there:
-// closing would reset it.
-const lastAccept = 10 * time.Millisecond
-
 func (e *netpoll) unlisten(l *listener) {
 	if s := e.socks[l]; s != nil {
-		s.last.Store(true)
-		s.SetDeadline(time.Now().Add(lastAccept))
-		<-s.done
-		s.Close()
+		s.close()
 		delete(e.socks, l)
 	}
 }
 
-func (e *netpoll) tune(l *listener) error {
-	raw, err := e.socks[l].SyscallConn()
-	if err != nil {
-		return err
-	}
-	var terr error
-	if err := raw.Control(func(fd uintptr) { terr = setCongestion(int(fd), l.terms.Load().spec.CongestionControl) }); err != nil {
-		return err
-	}
-	return terr
-}
-
-func (e *netpoll) hold(l *listener) error { return gateway.HoldOffConn(e.socks[l]) }
-
 func (e *netpoll) closeConns(l *listener, why closeReason) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	for c := range e.conns {
-		if c.l == l {
-			c.cause(why)
-			c.close()
+	for p := range e.conns {
+		if p.l == l {
+			p.cause(why)
+			p.abort()
 		}
 	}
 }
@@ -154,8 +138,8 @@ func (e *netpoll) oldest(limit int, want func(h handle) bool) []handle {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	var hs []handle
-	for c := range e.conns {
-		if h := (handle{born: c.born, via: c.via, ep: c.ep, conn: c}); want == nil || want(h) {
+	for p := range e.conns {
+		if h := (handle{born: p.born, via: p.via, ep: p.ep, conn: p}); want == nil || want(h) {
 			hs = append(hs, h)
 		}
 	}
@@ -167,24 +151,22 @@ func (e *netpoll) describe(hs []handle) []gateway.Connection {
 	defer e.mu.Unlock()
 	out := make([]gateway.Connection, 0, len(hs))
 	for _, h := range hs {
-		c := h.conn
-		if _, ok := e.conns[c]; !ok {
-			continue
+		if _, ok := e.conns[h.conn]; ok {
+			out = append(out, h.conn.connection())
 		}
-		out = append(out, c.connection(e.f))
 	}
 	return out
 }
 
-// connection tells of the connection. The engine's mutex must be held, or serve
-// be over.
-func (c *netpollConn) connection(f *Forwarder) gateway.Connection {
+// connection tells of the connection. The engine's mutex must be held, or nobody
+// else know of it.
+func (p *netpollConn) connection() gateway.Connection {
 	x := gateway.Connection{
-		Listener: c.l.name(), Client: c.peer.String(), ServerName: c.name, Since: f.at(c.born),
-		BytesIn: c.bytes[client].Load(), BytesOut: c.bytes[target].Load(),
+		Listener: p.l.name(), Client: p.peer.String(), ServerName: p.name, Since: p.e.f.at(p.born),
+		BytesIn: p.bytes[client].Load(), BytesOut: p.bytes[target].Load(),
 	}
-	if c.owner != nil {
-		x.Cluster, x.Endpoint = c.owner.name, c.ep.key
+	if p.owner != nil {
+		x.Cluster, x.Endpoint = p.owner.name, p.ep.key
 	}
 	return x
 }
@@ -193,9 +175,9 @@ func (e *netpoll) closeThese(hs []handle, why closeReason) (n int) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	for _, h := range hs {
-		if _, ok := e.conns[h.conn]; ok && h.conn.why.Load() == 0 {
+		if _, ok := e.conns[h.conn]; ok && !h.conn.aborted.Load() {
 			h.conn.cause(why)
-			h.conn.close()
+			h.conn.abort()
 			n++
 		}
 	}
@@ -209,181 +191,129 @@ func (e *netpoll) stop() {
 	}
 	e.mu.Lock()
 	e.ended = true
-	for c := range e.conns {
-		c.cause(closeStopped)
-		c.close()
+	for p := range e.conns {
+		p.cause(closeStopped)
+		p.abort()
 	}
 	e.mu.Unlock()
 	e.wg.Wait()
+	e.pipes.free()
 }
 
-// close makes every read and write of the connection fail. The owner frees it.
-func (c *netpollConn) close() {
-	c.client.Close()
-	if c.endpoint != nil {
-		c.endpoint.Close()
+// past is a time that makes every wait for a socket fail.
+var past = time.Unix(1, 0)
+
+// abort makes whatever waits for the connection give up. The engine's mutex must
+// be held, or the caller be one of its halves.
+func (p *netpollConn) abort() {
+	p.aborted.Store(true)
+	for i := range p.side {
+		p.side[i].setDeadline(past)
 	}
 }
 
-func (e *netpoll) accept(l *listener, ln *netpollListener) {
-	const pauseMin, pauseMax = 5 * time.Millisecond, time.Second
-	pause := pauseMin
-	for {
-		c, err := ln.Accept()
-		if errors.Is(err, net.ErrClosed) || ln.last.Load() && err != nil {
-			return
-		}
-		if err != nil {
-			// Such as no more file descriptors: wait until some are closed.
-			e.f.fail(err)
-			t := time.NewTimer(pause)
-			select {
-			case <-t.C:
-			case <-e.ctx.Done():
-				t.Stop()
-			}
-			pause = min(2*pause, pauseMax)
-			continue
-		}
-		pause = pauseMin
-		p := &netpollConn{
-			l: l, client: c.(*net.TCPConn), born: e.f.now(), peer: addrPort(c.RemoteAddr()), local: addrPort(c.LocalAddr()),
-		}
-		e.mu.Lock()
-		e.conns[p] = struct{}{}
-		ended := e.ended
-		e.mu.Unlock()
-		if ended {
-			p.cause(closeStopped)
-			p.close()
-		}
-		// Here and not in its goroutine: they are not run in the order in which their
-		// connections came, and the one that has waited longest is to be shed.
-		p.served = e.wait(p, l.terms.Load().hellos)
-		e.wg.Go(func() { e.serve(p) })
+// see makes the connection visible to others, with what set sets. It returns
+// false when it is to end.
+func (e *netpoll) see(p *netpollConn, set func()) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if set != nil {
+		set()
 	}
+	e.conns[p] = struct{}{}
+	if e.ended && !p.aborted.Load() {
+		p.cause(closeStopped)
+		p.abort()
+	}
+	return !p.aborted.Load()
 }
 
-func (e *netpoll) serve(p *netpollConn) {
+func (e *netpoll) newSetup() *setup {
+	if s, ok := e.setups.Get().(*setup); ok {
+		return s
+	}
+	return &setup{}
+}
+
+// drop gives back what the connection needed to be opened.
+func (e *netpoll) drop(s *setup) {
+	if s.block != nil {
+		e.blocks.put(s.block)
+	}
+	*s = setup{}
+	e.setups.Put(s)
+}
+
+// begin accounts a connection that was accepted. It returns false when it was
+// refused.
+func (e *netpoll) begin(s *setup, p *netpollConn) bool {
 	f := e.f
-	logged := f.lines.sampled()
-	refuse := func(h *hello, n int, reason, detail string) {
-		f.refuse(p.l, p.peer, h, n, reason, detail)
-		if logged {
-			x := p.connection(f)
-			if h != nil {
-				x.ServerName = string(h.name())
-			}
-			f.lines.add(x, reason)
-		}
+	p.e = e
+	s.p, s.t = p, p.l.terms.Load()
+	s.scan, s.expect, s.data = helloScan{}, false, s.data[:0]
+	p.logged = f.lines.sampled()
+	limit := p.l.admit(s.t, p.born)
+	if limit != "" {
+		e.refuse(s, nil, gateway.RefuseLimit, limit)
+		return false
 	}
-	defer func() {
-		p.l.active.Add(-1)
-		if p.source != nil {
-			p.source.release()
-		}
-		e.mu.Lock()
-		delete(e.conns, p)
-		p.close()
-		e.mu.Unlock()
-	}()
-	t := p.l.terms.Load()
-	if limit := p.l.admit(t, p.born); limit != "" {
-		p.served()
-		refuse(nil, 0, gateway.RefuseLimit, limit)
-		return
-	}
-	bp := e.bufs.Get().(*[]byte)
-	var h hello
-	n, reason, detail := e.readHello(p, t, bp, &h)
-	p.served()
-	if p.shed.Load() && reason == gateway.RefuseClientGone {
-		reason, detail = gateway.RefuseLimit, "pending hellos of the listener"
+	expect, reason, detail := s.t.expects(p.peer.Addr())
+	if s.expect = expect; !expect && reason == "" {
+		reason, detail = e.admitSource(s)
 	}
 	if reason != "" {
-		hp := &h
-		if reason != gateway.RefuseNoServerName && reason != gateway.RefuseBadServerName {
-			hp = nil
+		e.refuse(s, nil, reason, detail)
+		return false
+	}
+	return true
+}
+
+// admitSource accounts the connection to its source, or gives the reason to
+// refuse it.
+func (e *netpoll) admitSource(s *setup) (reason, detail string) {
+	if s.t.bySource() {
+		p := s.p
+		if p.source, detail = p.l.admitSource(s.t, p.peer.Addr(), p.born); detail != "" {
+			return gateway.RefuseLimit, detail
 		}
-		refuse(hp, n, reason, detail)
-		e.bufs.Put(bp)
-		return
 	}
-	cl := f.routes.Load().lookup(h.name())
-	if cl == nil {
-		refuse(&h, n, gateway.RefuseNoRoute, "")
-		e.bufs.Put(bp)
-		return
-	}
-	var d dial
-	d.begin(f, cl, f.now())
-	if ok, err := e.connect(p, &d); !ok {
-		var reason, detail string
-		switch {
-		case e.ctx.Err() != nil:
-			reason, detail = gateway.RefuseClientGone, "shutting down"
-		case err != nil:
-			f.fail(fmt.Errorf("connect to %s: socket: %w", d.addr, err))
-			reason, detail = gateway.RefuseLimit, "socket: "+err.Error()
-		default:
-			reason, detail = d.refusal()
+	return "", ""
+}
+
+// refuse ends a connection that reaches no endpoint.
+func (e *netpoll) refuse(s *setup, h *hello, reason, detail string) {
+	p, f := s.p, e.f
+	f.refuse(p.l, p.peer, h, len(s.data), reason, detail)
+	if p.logged {
+		x := p.connection()
+		if h != nil {
+			x.ServerName = string(h.name())
 		}
-		refuse(&h, n, reason, detail)
-		e.bufs.Put(bp)
-		return
+		f.lines.add(x, reason)
 	}
-	owner, ep := d.done()
+	e.end(p)
+}
+
+// end closes a connection for which nothing runs any more.
+func (e *netpoll) end(p *netpollConn) {
+	if p.source != nil {
+		p.source.release()
+	}
+	p.l.active.Add(-1)
 	e.mu.Lock()
-	p.owner, p.ep, p.via = owner, ep, cl.number
-	if logged {
-		p.name = string(h.name())
-	}
+	delete(e.conns, p)
 	e.mu.Unlock()
-	defer func() {
-		closed(owner, ep)
-		why := closeReason(p.why.Load())
-		p.l.closed[why].Add(1)
-		if logged {
-			f.lines.add(p.connection(f), closeNames[why])
-		}
-	}()
-	if f.log.IsTrace() {
-		f.log.Trace("connected", "listener", p.l.name(), "peer_addr", p.peer, "server_name", string(h.name()),
-			"cluster", owner.name, "endpoint", ep.key)
+	for i := range p.side {
+		p.side[i].close()
 	}
-	p.count = owner.counter(0, 1)
-	p.lastActive.Store(f.now())
-	data := (*bp)[:n]
-	if d.tier.send != "" {
-		data = append(appendProxyHeader(make([]byte, 0, maxProxyV1+n), d.tier.send, p.peer, p.local), data...)
-	}
-	_, err := p.endpoint.Write(data)
-	p.count.in.Add(uint64(n))
-	p.bytes[client].Add(uint64(n))
-	e.bufs.Put(bp)
-	if err != nil {
-		p.cause(closeReset)
-		p.reset(p.client)
-		return
-	}
-	var wg sync.WaitGroup
-	wg.Go(func() { e.copy(p, p.client, p.endpoint, &p.count.out, &p.bytes[target]) })
-	e.copy(p, p.endpoint, p.client, &p.count.in, &p.bytes[client])
-	wg.Wait()
+	e.wg.Done()
 }
 
-// admitSource accounts the connection to its source, or names the limit that the
-// source has reached.
-func (c *netpollConn) admitSource(t *terms) (limit string) {
-	if t.bySource() {
-		c.source, limit = c.l.admitSource(t, c.peer.Addr(), c.born)
-	}
-	return limit
-}
-
-// wait counts a connection whose hello is waited for, until done is called. When
-// there are too many it sheds the one that has waited longest.
-func (e *netpoll) wait(p *netpollConn, most int) (done func()) {
+// wait puts a connection among those whose hello is waited for. When there are
+// too many it sheds the one that has waited longest.
+func (e *netpoll) wait(s *setup) {
+	p := s.p
+	p.side[client].setReadDeadline(time.Now().Add(e.f.cfg.HelloTimeout - time.Duration(e.f.now()-p.born)))
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	q := e.hellos[p.l]
@@ -391,122 +321,150 @@ func (e *netpoll) wait(p *netpollConn, most int) (done func()) {
 		q = list.New()
 		e.hellos[p.l] = q
 	}
-	at := q.PushBack(p)
-	if q.Len() > most {
-		old := q.Remove(q.Front()).(*netpollConn)
-		old.shed.Store(true)
-		old.close()
-	}
-	return func() {
-		e.mu.Lock()
-		defer e.mu.Unlock()
-		q.Remove(at)
-		if q.Len() == 0 && e.hellos[p.l] == q {
-			delete(e.hellos, p.l)
-		}
+	s.queue, s.at = q, q.PushBack(s)
+	if q.Len() > s.t.hellos {
+		old := q.Remove(q.Front()).(*setup)
+		old.at, old.shed = nil, true
+		old.p.abort()
 	}
 }
 
-// readHello reads into *bp, which it may replace by a larger one, until the
-// ClientHello is complete.
-func (e *netpoll) readHello(p *netpollConn, t *terms, bp *[]byte, h *hello) (n int, reason, detail string) {
-	f := e.f
-	var scan helloScan
-	expect, reason, detail := t.expects(p.peer.Addr())
+// waited ends wait.
+func (e *netpoll) waited(s *setup) (shed bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if s.at != nil {
+		s.queue.Remove(s.at)
+		s.at = nil
+	}
+	if s.queue.Len() == 0 && e.hellos[s.p.l] == s.queue {
+		delete(e.hellos, s.p.l)
+	}
+	return s.shed
+}
+
+// serve goes on with a connection whose hello has not all come, until it is open
+// or refused.
+func (e *netpoll) serve(s *setup) {
+	p := s.p
+	reason, detail := "", ""
+	if e.see(p, nil) {
+		reason, detail = e.readHello(s)
+	}
+	shed := e.waited(s)
+	if p.aborted.Load() && (reason == "" || reason == gateway.RefuseHelloTimeout) {
+		reason, detail = gateway.RefuseClientGone, "cut: "+closeNames[p.why.Load()]
+		if shed {
+			reason, detail = gateway.RefuseLimit, "pending hellos of the listener"
+		}
+	}
 	if reason != "" {
-		return 0, reason, detail
+		e.refuse(s, nil, reason, detail)
+		e.drop(s)
+		return
 	}
-	if !expect {
-		if limit := p.admitSource(t); limit != "" {
-			return 0, gateway.RefuseLimit, limit
-		}
+	if e.route(s) {
+		e.connecting(s)
 	}
-	p.client.SetReadDeadline(time.Now().Add(f.cfg.HelloTimeout))
-	for {
-		most := f.cfg.HelloBytes
-		if expect {
-			most = max(most, maxProxyHeader)
-		}
-		if n == len(*bp) {
-			// Twice as much, but only once the client has sent as much as fits.
-			b := make([]byte, min(2*len(*bp), most))
-			copy(b, *bp)
-			*bp = b
-		}
-		k, err := p.client.Read((*bp)[n:min(len(*bp), most)])
-		n += k
-		if k > 0 && expect {
-			ph, more, reason, detail := t.header((*bp)[:n])
-			if reason != "" {
-				return 0, reason, detail
-			}
-			if expect = more; !more {
-				n = copy(*bp, (*bp)[ph.size:n])
-				if ph.src.IsValid() {
-					e.mu.Lock()
-					p.peer, p.local = ph.src, ph.dst
-					e.mu.Unlock()
-				}
-				if limit := p.admitSource(t); limit != "" {
-					return 0, gateway.RefuseLimit, limit
-				}
-			}
-		}
-		if k > 0 && !expect && n > 0 {
-			done, reason := scan.feed((*bp)[:n], f.cfg.HelloBytes)
-			if reason != "" {
-				return n, reason, ""
-			}
-			if done {
-				break
-			}
-		}
-		switch {
-		case errors.Is(err, os.ErrDeadlineExceeded):
-			return n, gateway.RefuseHelloTimeout, f.cfg.HelloTimeout.String()
-		case err != nil:
-			return n, gateway.RefuseClientGone, ""
-		}
-	}
-	p.client.SetReadDeadline(time.Time{})
-	var scratch []byte
-	if scan.recs > 1 {
-		scratch = make([]byte, n)
-	}
-	return n, h.parse(scan.message((*bp)[:n], scratch)), ""
+	e.drop(s)
 }
 
-// connect tries endpoints until one is connected. An error is ours, and no
-// endpoint's.
-func (e *netpoll) connect(p *netpollConn, d *dial) (bool, error) {
-	for now := e.f.now(); d.next(now); now = e.f.now() {
-		dialer := net.Dialer{Timeout: d.timeout(now), KeepAliveConfig: e.keepalive(d.tier.keepalive)}
-		if cc := d.tier.congestion; cc != "" {
-			dialer.Control = func(_, _ string, c syscall.RawConn) error {
-				return c.Control(func(fd uintptr) { setCongestion(int(fd), cc) }) // that it can be had was seen before
-			}
-		}
-		c, err := dialer.DialContext(e.ctx, "tcp", d.addr.String())
-		if err != nil {
-			cause := connectError(err)
-			if e.ctx.Err() != nil || ownFault(cause) {
-				d.abandon()
-				return false, cause
-			}
-			d.failed(e.f.now(), cause)
-			continue
-		}
-		e.mu.Lock()
-		p.endpoint = c.(*net.TCPConn)
-		ended := e.ended
-		e.mu.Unlock()
-		if ended {
-			d.abandon()
-			return false, net.ErrClosed
-		}
-		return true, nil
+// room returns where to read more of the hello.
+func (e *netpoll) room(s *setup) []byte {
+	most := e.f.cfg.HelloBytes
+	if s.expect {
+		most = max(most, maxProxyHeader)
 	}
-	return false, nil
+	n := len(s.data)
+	if s.block == nil || n == cap(s.data) {
+		// Twice as much, but only once the client has sent as much as fits.
+		b := e.blocks.get(min(max(2*n, 1), maxHelloBytes))
+		copy(b.buf, s.data)
+		if s.block != nil {
+			e.blocks.put(s.block)
+		}
+		s.block, s.data = b, b.buf[:n]
+	}
+	return s.data[n:min(cap(s.data), most)]
+}
+
+// fit moves what was read so far to as small a block as holds it: it waits for
+// more.
+func (e *netpoll) fit(s *setup) {
+	n := len(s.data)
+	if s.block == nil || n > 0 && blockClass(n) == blockClass(cap(s.block.buf)) {
+		return
+	}
+	b := s.block
+	s.block, s.data = nil, nil
+	if n > 0 {
+		s.block = e.blocks.get(n)
+		s.data = s.block.buf[:copy(s.block.buf, b.buf[:n])]
+	}
+	e.blocks.put(b)
+}
+
+// take looks at n more bytes of the hello. It returns true when it is complete,
+// or a reason to refuse it.
+func (e *netpoll) take(s *setup, n int) (done bool, reason, detail string) {
+	p := s.p
+	s.data = s.data[:len(s.data)+n]
+	if s.expect {
+		h, more, reason, detail := s.t.header(s.data)
+		if reason != "" {
+			s.data = s.data[:0]
+			return false, reason, detail
+		}
+		if more {
+			return false, "", ""
+		}
+		s.expect = false
+		s.data = s.data[:copy(s.data, s.data[h.size:])]
+		if h.src.IsValid() {
+			e.mu.Lock()
+			p.peer, p.local = h.src, h.dst
+			e.mu.Unlock()
+		}
+		if reason, detail := e.admitSource(s); reason != "" {
+			s.data = s.data[:0]
+			return false, reason, detail
+		}
+	}
+	if len(s.data) == 0 {
+		return false, "", ""
+	}
+	done, reason = s.scan.feed(s.data, e.f.cfg.HelloBytes)
+	return done, reason, ""
+}
+
+// route finds the cluster of a complete hello and begins to connect. It returns
+// true when connecting has to be called, to wait for that.
+func (e *netpoll) route(s *setup) (waits bool) {
+	f := e.f
+	if s.scan.recs > 1 && len(s.scratch) < len(s.data) {
+		s.scratch = make([]byte, len(s.data))
+	}
+	h := &s.hello
+	if reason := h.parse(s.scan.message(s.data, s.scratch)); reason != "" {
+		if reason == gateway.RefuseNotTLS {
+			h = nil
+		}
+		e.refuse(s, h, reason, "")
+		return false
+	}
+	cl := f.routes.Load().lookup(h.name())
+	if cl == nil {
+		e.refuse(s, h, gateway.RefuseNoRoute, "")
+		return false
+	}
+	s.dial.begin(f, cl, f.now())
+	return e.connect(s)
+}
+
+// unconnected refuses a connection that no endpoint took.
+func (e *netpoll) unconnected(s *setup) {
+	reason, detail := s.dial.refusal()
+	e.refuse(s, &s.hello, reason, detail)
 }
 
 // ownFault says that a failure to connect is ours, and no endpoint's.
@@ -533,58 +491,174 @@ func connectError(err error) error {
 
 var errConnectTimeout = errors.New("connect timed out")
 
-// copy moves one direction until its end, and passes the end on. Both ends are
-// bare TCP connections, so that the bytes need not pass through the process.
-func (e *netpoll) copy(p *netpollConn, dst, src *net.TCPConn, count, own *atomic.Uint64) {
-	f := e.f
-	lim := io.LimitedReader{R: src}
-	for {
-		idle := p.l.terms.Load().idleLimit(p.halves.Load() > 0)
-		if idle > 0 {
-			src.SetReadDeadline(time.Now().Add(idle))
+// head is the PROXY header that the endpoint wants before the hello.
+func (s *setup) head() []byte {
+	if s.dial.tier.send == "" {
+		return nil
+	}
+	p := s.p
+	local := p.local
+	if !local.IsValid() {
+		local = p.side[client].local()
+	}
+	return appendProxyHeader(s.header[:0], s.dial.tier.send, p.peer, local)
+}
+
+// open begins to move bytes. sent of head and of the hello are with the endpoint.
+func (e *netpoll) open(s *setup, head []byte, sent int) {
+	p, f := s.p, e.f
+	owner, ep := s.dial.done()
+	if f.log.IsTrace() {
+		f.log.Trace("connected", "listener", p.l.name(), "peer_addr", p.peer, "server_name", string(s.hello.name()),
+			"cluster", owner.name, "endpoint", ep.key)
+	}
+	p.count = owner.counter(0, 1)
+	p.lastActive.Store(f.now())
+	for i := range p.halves {
+		p.halves[i].p, p.halves[i].src = p, uint8(i)
+	}
+	h := &p.halves[client]
+	if rest := sent - len(head); rest < len(s.data) {
+		all := append(head[min(sent, len(head)):len(head):len(head)], s.data[max(rest, 0):]...)
+		h.held = &block{buf: all}
+		h.data = all
+	}
+	p.moved(client, max(0, sent-len(head)))
+	p.running.Store(2)
+	e.see(p, func() {
+		p.owner, p.ep, p.via = owner, ep, s.dial.cluster.number
+		if p.logged {
+			p.name = string(s.hello.name())
 		}
-		lim.N = copyChunk
-		n, err := dst.ReadFrom(&lim)
-		if n > 0 {
-			count.Add(uint64(n))
-			own.Add(uint64(n))
-			p.lastActive.Store(f.now())
-		}
-		switch {
-		case err == nil && n == copyChunk:
-			continue
-		case err == nil:
-			// The end of what src sends; dst may go on sending.
-			if p.halves.Add(1) == 1 {
-				dst.CloseWrite()
-				if d := p.l.terms.Load().idleLimit(true); d > 0 {
-					dst.SetReadDeadline(time.Now().Add(d))
-				}
-			}
-			return
-		case errors.Is(err, os.ErrDeadlineExceeded):
-			idle = p.l.terms.Load().idleLimit(p.halves.Load() > 0)
-			if n > 0 || idle == 0 || f.now()-p.lastActive.Load() < int64(idle) {
-				continue
-			}
-			p.cause(closeIdle)
-			p.client.Close()
-			p.endpoint.Close()
-			return
-		}
-		// One of the two was reset, or both are being closed: the other learns the
-		// same way.
-		p.cause(closeReset)
-		p.reset(src)
-		p.reset(dst)
-		return
+	})
+	// Each has a goroutine of its own, and none has this one's stack.
+	go p.halves[target].run()
+	go h.run()
+}
+
+// moved accounts bytes that came from src and were passed on.
+func (p *netpollConn) moved(src uint8, n int) {
+	p.bytes[src].Add(uint64(n))
+	if src == client {
+		p.count.in.Add(uint64(n))
+	} else {
+		p.count.out.Add(uint64(n))
 	}
 }
 
-// reset closes a connection so that the peer sees that not all was well.
-func (p *netpollConn) reset(c *net.TCPConn) {
-	c.SetLinger(0)
-	c.Close()
+// run moves one direction until its end.
+func (h *half) run() {
+	h.pump()
+	p := h.p
+	h.release()
+	if p.running.Add(-1) > 0 {
+		return
+	}
+	why := closeReason(p.why.Load())
+	closed(p.owner, p.ep)
+	p.l.closed[why].Add(1)
+	if p.logged {
+		p.e.f.lines.add(p.connection(), closeNames[why])
+	}
+	p.e.end(p)
+}
+
+// release gives back what is left of the direction.
+func (h *half) release() {
+	if h.held != nil {
+		h.p.e.blocks.put(h.held)
+	}
+	h.held, h.data = nil, nil
+	if h.pipe != (pipe{}) {
+		h.p.e.pipes.put(h.pipe, h.inPipe == 0)
+		h.pipe, h.inPipe = pipe{}, 0
+	}
+}
+
+// ended passes on that src sends no more.
+func (h *half) ended() {
+	p := h.p
+	if p.ends.Add(1) == 1 {
+		p.side[1-h.src].shutdown()
+		p.arm(1-h.src, true) // the other direction has less time now
+	}
+}
+
+// failed ends the connection because one of its sides was reset, or is no more to
+// be written to: the other learns the same way.
+func (p *netpollConn) failed() {
+	if !p.aborted.Load() {
+		p.cause(closeReset)
+		for i := range p.side {
+			p.side[i].reset()
+		}
+	}
+	p.abort()
+}
+
+// keepaliveAfter is when a connection is one that lasts: keepalive costs those that
+// do not nothing.
+func (p *netpollConn) keepaliveAfter() time.Duration {
+	cfg := &p.e.f.cfg
+	return min(cfg.Keepalive.Idle/2, cfg.keepalive(p.owner.keepalive()).Idle/2, 10*time.Second)
+}
+
+// due is how long to wait for more before tend is to be called; 0 is for ever.
+func (p *netpollConn) due(src uint8) (d time.Duration) {
+	now := p.e.f.now()
+	half := p.ends.Load() > 0
+	idle := p.l.terms.Load().idleLimit(half)
+	if !p.kept.Load() && (src == client || half) {
+		d = max(p.keepaliveAfter()-time.Duration(now-p.born), time.Millisecond)
+	}
+	if idle > 0 {
+		left := max(idle-time.Duration(now-p.lastActive.Load()), time.Millisecond)
+		if d == 0 || left < d {
+			d = left
+		}
+	}
+	return d
+}
+
+// arm sets the time after which a direction's wait ends to have tend called. It
+// returns false when the connection is to end.
+func (p *netpollConn) arm(src uint8, again bool) bool {
+	for {
+		ends := p.ends.Load()
+		if d := p.due(src); d > 0 {
+			p.side[src].setReadDeadline(time.Now().Add(d))
+		} else if again {
+			p.side[src].setReadDeadline(time.Time{})
+		}
+		if p.aborted.Load() {
+			p.side[src].setDeadline(past) // which may be what was just undone
+			return false
+		}
+		if ends == p.ends.Load() {
+			return true
+		}
+	}
+}
+
+// tend does what is due for a connection on which nothing moved for some time. It
+// returns false when the connection ends.
+func (p *netpollConn) tend() bool {
+	if p.aborted.Load() {
+		return false
+	}
+	f := p.e.f
+	now := f.now()
+	if !p.kept.Load() && time.Duration(now-p.born) >= p.keepaliveAfter() && !p.kept.Swap(true) {
+		p.side[client].keepalive(f.cfg.Keepalive)
+		p.side[target].keepalive(f.cfg.keepalive(p.owner.keepalive()))
+	}
+	idle := p.l.terms.Load().idleLimit(p.ends.Load() > 0)
+	if idle == 0 || time.Duration(now-p.lastActive.Load()) < idle {
+		return true
+	}
+	p.cause(closeIdle)
+	p.abort()
+	return false
 }
 
 func addrPort(a net.Addr) netip.AddrPort {

@@ -1,18 +1,6 @@
 package sni
 
-import (
-	"math/bits"
-
-	"golang.org/x/sys/unix"
-)
-
-// Blocks have sizes from 2 to 64 KiB.
-const (
-	smallestBlock = 11
-	blockClasses  = 6
-)
-
-func blockClass(n int) int { return max(bits.Len(uint(n-1)), smallestBlock) - smallestBlock }
+import "golang.org/x/sys/unix"
 
 // block returns an empty slice with room for n bytes, at most 64 KiB.
 func (l *loop) block(n int) []byte {
@@ -107,6 +95,15 @@ func (l *loop) pipe() (pipe, bool) {
 		l.pipesIn++
 		return p, true
 	}
+	p, ok := newPipe()
+	if ok {
+		l.pipesIn++
+	}
+	return p, ok
+}
+
+// newPipe makes a pipe, or returns false when there is none to be had.
+func newPipe() (pipe, bool) {
 	var p [2]int
 	if unix.Pipe2(p[:], unix.O_NONBLOCK|unix.O_CLOEXEC) != nil {
 		return pipe{}, false
@@ -120,8 +117,12 @@ func (l *loop) pipe() (pipe, bool) {
 			return pipe{}, false
 		}
 	}
-	l.pipesIn++
 	return pipe{int32(p[0]), int32(p[1])}, true
+}
+
+func (p pipe) close() {
+	rawClose(p.r)
+	rawClose(p.w)
 }
 
 // dropPipe gives a pipe back. One with bytes in it is of no more use.
@@ -131,6 +132,5 @@ func (l *loop) dropPipe(p pipe, empty bool) {
 		l.pipes = append(l.pipes, p)
 		return
 	}
-	rawClose(p.r)
-	rawClose(p.w)
+	p.close()
 }

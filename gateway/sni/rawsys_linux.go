@@ -65,6 +65,17 @@ func rawAccept(fd int32, sa *unix.RawSockaddrAny) (int32, syscall.Errno) {
 	return int32(n), e
 }
 
+// passing says that an error of accept is of the one connection (accept(2)): there
+// may be others.
+func passing(e syscall.Errno) bool {
+	switch e {
+	case unix.EINTR, unix.ECONNABORTED, unix.EPROTO, unix.ENETDOWN, unix.ENOPROTOOPT,
+		unix.EHOSTDOWN, unix.ENONET, unix.EHOSTUNREACH, unix.EOPNOTSUPP, unix.ENETUNREACH, unix.EPERM:
+		return true
+	}
+	return false
+}
+
 func rawSocket(family int) (int32, syscall.Errno) {
 	n, _, e := syscall.RawSyscall(unix.SYS_SOCKET, uintptr(family), unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	return int32(n), e
@@ -156,6 +167,31 @@ func setKeepalive(fd int32, k gateway.Keepalive) {
 	rawSetInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, seconds(k.Interval))
 	rawSetInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPCNT, k.Probes)
 	rawSetInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
+}
+
+// listenSockets binds n sockets to one port.
+func listenSockets(ap netip.AddrPort, n int) (fds []int32, bound netip.AddrPort, err error) {
+	if ap.Port() != 0 {
+		// SO_REUSEPORT would share the port with another process of this user: a
+		// second agent by mistake would take half of the connections in silence.
+		fd, _, err := listenSocket(ap, false)
+		if err != nil {
+			return nil, ap, err
+		}
+		rawClose(fd)
+	}
+	for range n {
+		fd, bound, err := listenSocket(ap, true)
+		if err != nil {
+			for _, fd := range fds {
+				rawClose(fd)
+			}
+			return nil, ap, err
+		}
+		fds = append(fds, fd)
+		ap = bound // the port that the first was given
+	}
+	return fds, ap, nil
 }
 
 // listenSocket binds a listener that shares its port with the others of this

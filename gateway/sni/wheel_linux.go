@@ -117,7 +117,7 @@ func (l *loop) fire(c *conn) {
 		if c.flags[target]&flagKeep == 0 {
 			c.flags[target] |= flagKeep
 			setKeepalive(c.fd[client], l.f.cfg.Keepalive)
-			setKeepalive(c.fd[target], l.f.cfg.keepalive(c.keepalive()))
+			setKeepalive(c.fd[target], l.f.cfg.keepalive(c.owner.keepalive()))
 		}
 		half := (c.flags[client]|c.flags[target])&flagEOF != 0
 		idle := c.l.terms.Load().idleLimit(half)
@@ -135,16 +135,4 @@ func (l *loop) fire(c *conn) {
 	default:
 		l.end(c, true, closeReset)
 	}
-}
-
-// keepalive is that of the cluster, as its table now says.
-func (c *conn) keepalive() (k gateway.Keepalive) {
-	if pl := c.owner.plan.Load(); pl != nil {
-		for i := range pl.tiers {
-			if pl.tiers[i].owner == c.owner {
-				return pl.tiers[i].keepalive
-			}
-		}
-	}
-	return k
 }
