@@ -22,8 +22,9 @@ import (
 const DefaultConnectTimeout = 5 * time.Second
 
 // DefaultAnswerTimeout bounds the wait for an endpoint's first byte, while there is
-// another that could be asked, where nothing else says.
-const DefaultAnswerTimeout = 5 * time.Second
+// another that could be asked, where nothing else says. It leaves time for the other
+// before clients give up, who often do after 5 s.
+const DefaultAnswerTimeout = 2 * time.Second
 
 // Compile makes the table of a snapshot. It is pure: equal snapshots have equal
 // tables. An error means that the snapshot is of no use; whatever is wrong with

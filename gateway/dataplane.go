@@ -81,17 +81,6 @@ type EndpointStatus struct {
 	EjectedUntil time.Time `json:",omitzero"`
 }
 
-// The reasons why an attempt at an endpoint failed.
-const (
-	FailRefused     = "refused"     // nothing listens there
-	FailTimeout     = "timeout"     // it could not be connected to in time
-	FailUnreachable = "unreachable" // there is no way to it
-	FailReset       = "reset"       // it took the connection and reset it before it answered
-	FailClosed      = "closed"      // it took the connection and closed it before it answered
-	FailNoAnswer    = "no-answer"   // it took the connection and said nothing
-	FailOther       = "other"
-)
-
 // Refusal is a connection that was closed without reaching an endpoint.
 type Refusal struct {
 	At       time.Time

@@ -36,7 +36,7 @@ type meshEnv struct {
 // farther is by how much a gateway waits longer for another datacenter's gateway
 // than that waits for its endpoints: the one that is closer to what is silent is to
 // be the one that asks another.
-const farther = 3 * time.Second
+const farther = 2 * time.Second
 
 // answerTimeouts are those for services here and for gateways of other datacenters.
 func answerTimeouts(conf *settings) (near, far time.Duration) {

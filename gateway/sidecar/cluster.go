@@ -1,12 +1,15 @@
 package sidecar
 
 import (
+	"errors"
+	"io"
 	"math/rand/v2"
 	"net"
 	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/sluicemesh/sluice/gateway"
@@ -38,6 +41,7 @@ type endpoint struct {
 type endpointState struct {
 	active            atomic.Int64
 	connected, failed atomic.Uint64
+	reasons           gateway.Failures
 
 	// mu guards what follows.
 	mu      sync.Mutex
@@ -91,8 +95,25 @@ func (e *endpoint) succeeded() {
 	e.inARow, e.until = 0, time.Time{}
 }
 
+// failReason tells the ways of not answering from a handshake that failed, as far as
+// the error says.
+func failReason(err error) string {
+	switch {
+	case !errors.Is(err, errHandshake):
+		return gateway.FailReason(err)
+	case errors.Is(err, io.EOF):
+		return gateway.FailClosed
+	case errors.Is(err, syscall.ECONNRESET):
+		return gateway.FailReset
+	case gateway.FailReason(err) == gateway.FailTimeout:
+		return gateway.FailNoAnswer
+	}
+	return gateway.FailHandshake
+}
+
 func (e *endpoint) fail(err error) {
 	e.failed.Add(1)
+	e.reasons.Add(failReason(err))
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.inARow++
@@ -181,12 +202,18 @@ func (c *cluster) status() gateway.ClusterStatus {
 		Name: c.def.Name, Active: c.active.Load(), Connected: c.connected.Load(), Failed: c.failed.Load(), Retries: c.retries.Load(),
 		BytesIn: c.in.Load(), BytesOut: c.out.Load(),
 	}
+	now := time.Now()
 	for _, e := range c.endpoints {
 		e.mu.Lock()
-		st.Endpoints = append(st.Endpoints, gateway.EndpointStatus{
+		es := gateway.EndpointStatus{
 			Address: e.address, Active: e.active.Load(), Connected: e.connected.Load(), Failed: e.failed.Load(), LastError: e.lastErr,
-		})
+			Failures: e.reasons.Map(),
+		}
+		if now.Before(e.until) {
+			es.EjectedUntil = e.until
+		}
 		e.mu.Unlock()
+		st.Endpoints = append(st.Endpoints, es)
 	}
 	return st
 }

@@ -9,7 +9,6 @@ import (
 	"net/netip"
 	"slices"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"github.com/sluicemesh/sluice/gateway"
@@ -27,6 +26,7 @@ type cluster struct {
 	connected atomic.Uint64
 	failed    atomic.Uint64
 	retries   atomic.Uint64
+	replays   atomic.Int64  // hellos that are with another endpoint because one was silent
 	rr        atomic.Uint64 // position of round robin
 	full      atomic.Int64  // of the rate of connections
 	// bytes has one element for each worker that writes it.
@@ -91,14 +91,7 @@ type endpoint struct {
 	// connects can lift.
 	silenced  atomic.Bool
 	lastError atomic.Pointer[string]
-	// causes are the failures by failCauses; nil while there are none.
-	causes atomic.Pointer[[len(failCauses)]atomic.Uint64]
-}
-
-// failCauses are the reasons of failures that are counted one by one.
-var failCauses = [...]string{
-	gateway.FailRefused, gateway.FailTimeout, gateway.FailUnreachable, gateway.FailReset, gateway.FailClosed,
-	gateway.FailNoAnswer, gateway.FailOther,
+	reasons   gateway.Failures
 }
 
 // The ways of an endpoint not to answer.
@@ -109,14 +102,10 @@ var (
 	errGaveUp           = errors.New("no answer before the client gave up")
 )
 
-func failCause(err error) string {
+func failReason(err error) string {
 	switch {
-	case errors.Is(err, syscall.ECONNREFUSED):
-		return gateway.FailRefused
-	case errors.Is(err, errConnectTimeout), errors.Is(err, syscall.ETIMEDOUT):
+	case errors.Is(err, errConnectTimeout):
 		return gateway.FailTimeout
-	case errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.ENETUNREACH):
-		return gateway.FailUnreachable
 	case errors.Is(err, errResetUnanswered):
 		return gateway.FailReset
 	case errors.Is(err, errClosedUnanswered):
@@ -124,22 +113,15 @@ func failCause(err error) string {
 	case errors.Is(err, errNoAnswer), errors.Is(err, errGaveUp):
 		return gateway.FailNoAnswer
 	}
-	return gateway.FailOther
+	return gateway.FailReason(err)
 }
 
 // fault counts a failure, and returns what there is to say of it.
 func (e *endpoint) fault(cause error) (text string) {
 	e.failed.Add(1)
+	e.reasons.Add(failReason(cause))
 	text = cause.Error()
 	e.lastError.Store(&text)
-	causes := e.causes.Load()
-	if causes == nil {
-		causes = new([len(failCauses)]atomic.Uint64)
-		if !e.causes.CompareAndSwap(nil, causes) {
-			causes = e.causes.Load()
-		}
-	}
-	causes[slices.Index(failCauses[:], failCause(cause))].Add(1)
 	return text
 }
 
@@ -212,6 +194,7 @@ type dial struct {
 	rated   bool   // refused because of the rate of the cluster
 	silent  bool   // the last failure was not to be answered
 	reset   bool   // the last that did not answer reset the connection
+	replay  bool   // counted among the cluster's replays
 	detail  string // of the last failure
 
 	// The attempt under way.
@@ -304,6 +287,40 @@ func (d *dial) others(now int64) bool {
 		}
 	}
 	return false
+}
+
+// Bounds of the replays of a cluster: a part of its connections, and at least so
+// many. When every endpoint is slow because there is too much to do, to send each
+// hello twice would make it worse.
+const (
+	replayShare = 5 // one in
+	replayLeast = 3
+)
+
+// mayReplay says whether the hello may be sent to another endpoint because this one
+// is silent, and then counts it as a replay until the choice ends.
+func (d *dial) mayReplay(now int64) bool {
+	if !d.others(now) {
+		return false
+	}
+	if d.replay {
+		return true
+	}
+	most := max(d.cluster.active.Load()/replayShare, replayLeast)
+	if d.cluster.replays.Add(1) > most {
+		d.cluster.replays.Add(-1)
+		return false
+	}
+	d.replay = true
+	return true
+}
+
+// end is called when the choice ends, in whatever way.
+func (d *dial) end() {
+	if d.replay {
+		d.replay = false
+		d.cluster.replays.Add(-1)
+	}
 }
 
 // triedOf counts the attempts at ep, one for each of its addresses.
@@ -477,8 +494,11 @@ func (d *dial) answered(now int64) (*cluster, *endpoint) {
 	return d.done()
 }
 
-// abandon ends the attempt under way without a judgement of the endpoint.
-func (d *dial) abandon() { d.release() }
+// abandon ends the choice, without a judgement of the endpoint.
+func (d *dial) abandon() {
+	d.release()
+	d.end()
+}
 
 func (d *dial) release() {
 	d.ep.active.Add(-1)
@@ -498,6 +518,7 @@ func (d *dial) done() (*cluster, *endpoint) {
 	d.ep.connected.Add(1)
 	d.tier.owner.connected.Add(1)
 	d.connected()
+	d.end()
 	return d.tier.owner, d.ep
 }
 
@@ -509,6 +530,7 @@ func closed(c *cluster, ep *endpoint) {
 
 // refusal says why next has nothing (more), and counts the failure.
 func (d *dial) refusal() (reason, detail string) {
+	d.end()
 	d.cluster.failed.Add(1)
 	switch {
 	case d.silent:

@@ -341,6 +341,48 @@ func TestSilence(t *testing.T) {
 	}
 }
 
+// When every endpoint is slow, only a part of the hellos is sent twice.
+func TestReplaysAreBounded(t *testing.T) {
+	for _, tc := range []struct{ conns, want int }{{2, 2}, {10, 3}, {100, 20}} {
+		c := newChooser(t, Config{ConnectAttempts: 8}, weighted(gateway.PolicyRoundRobin, 1, 1, 1))
+		var open []*dial
+		for range tc.conns {
+			d := c.begin("c")
+			d.next(c.now)
+			d.connected()
+			open = append(open, d)
+		}
+		var replayed []*dial
+		for _, d := range open {
+			if d.mayReplay(c.now) {
+				replayed = append(replayed, d)
+			}
+		}
+		if len(replayed) != tc.want {
+			t.Errorf("%d of %d are sent to another, want %d", len(replayed), tc.conns, tc.want)
+		}
+		// One more time is no more load, and the end gives the place to another.
+		for i, d := range replayed {
+			d.unanswered(c.now, errNoAnswer)
+			if !d.next(c.now) || !d.mayReplay(c.now) {
+				t.Fatal("it is not sent on again")
+			}
+			switch i % 3 {
+			case 0:
+				closed(d.done())
+			case 1:
+				d.abandon()
+			case 2:
+				d.failed(c.now, errors.New("no"))
+				d.refusal()
+			}
+		}
+		if n := c.reg.clusters["c"].replays.Load(); n != 0 {
+			t.Errorf("%d replays are left", n)
+		}
+	}
+}
+
 func TestStateSurvivesTables(t *testing.T) {
 	web := weighted(gateway.PolicyRoundRobin, 1, 1)
 	c := newChooser(t, Config{}, web)

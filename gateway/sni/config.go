@@ -55,7 +55,7 @@ type Config struct {
 
 	// AnswerTimeout is how long an endpoint may take for its first byte, after the
 	// hello, before the hello is sent to another, if there is one; for clusters that
-	// do not set their own. Default 5 s, negative is for ever.
+	// do not set their own. Default 2 s, negative is for ever.
 	AnswerTimeout time.Duration
 
 	// EjectAfter is how many failures in a row, to connect or to be answered, eject

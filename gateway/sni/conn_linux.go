@@ -315,9 +315,9 @@ func (l *loop) unanswered(c *conn, cause error) {
 // silent goes on with a connection whose endpoint says nothing.
 func (l *loop) silent(c *conn) {
 	d := &c.begun.dial
-	if !d.others(l.now) {
+	if !d.mayReplay(l.now) {
 		d.suspect(l.now, errNoAnswer)
-		l.settle(c, false) // nobody else can be asked: it may still come
+		l.settle(c, false) // nobody else is to be asked: it may still come
 		return
 	}
 	rawAbort(c.fd[target])

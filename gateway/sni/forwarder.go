@@ -569,11 +569,7 @@ func (c *cluster) status(f *Forwarder) gateway.ClusterStatus {
 		if e := ep.lastError.Load(); e != nil {
 			es.LastError = *e
 		}
-		if causes := ep.causes.Load(); causes != nil {
-			for i := range causes {
-				es.Failures = countOf(es.Failures, failCauses[i], causes[i].Load())
-			}
-		}
+		es.Failures = ep.reasons.Map()
 		if ep.host != nil {
 			if e := ep.host.err.Load(); e != nil {
 				es.LastError = *e
