@@ -41,9 +41,6 @@ func takesHello(t *testing.T, hello []byte, then func(c *net.TCPConn)) *backend 
 // A hello that an endpoint does not answer is sent to another: no call fails.
 func TestAnswerOfAnother(t *testing.T) {
 	onEngines(t, func(t *testing.T, engine string) {
-		if engine == EngineNetpoll {
-			t.Skip("this engine does not ask another endpoint for an answer")
-		}
 		for _, hello := range [][]byte{helloFor(t, "web.example"), pad(helloFor(t, "web.example"), 40_000)} {
 			for _, bad := range unanswering {
 				t.Run(fmt.Sprint(bad.name, " ", len(hello)), func(t *testing.T) {
@@ -81,9 +78,6 @@ func TestAnswerOfAnother(t *testing.T) {
 func TestNoAnswer(t *testing.T) {
 	hello := helloFor(t, "web.example")
 	onEngines(t, func(t *testing.T, engine string) {
-		if engine == EngineNetpoll {
-			t.Skip("this engine does not ask another endpoint for an answer")
-		}
 		for _, bad := range unanswering {
 			t.Run(bad.name, func(t *testing.T) {
 				one, two := takesHello(t, hello, bad.handle), takesHello(t, hello, bad.handle)
@@ -118,9 +112,6 @@ func TestNoAnswer(t *testing.T) {
 func TestSlowAnswer(t *testing.T) {
 	hello := helloFor(t, "web.example")
 	onEngines(t, func(t *testing.T, engine string) {
-		if engine == EngineNetpoll {
-			t.Skip("this engine does not ask another endpoint for an answer")
-		}
 		late := make(chan struct{})
 		b := takesHello(t, hello, func(c *net.TCPConn) {
 			select {
@@ -147,9 +138,6 @@ func TestSlowAnswer(t *testing.T) {
 func TestNoOtherAfterMore(t *testing.T) {
 	hello := helloFor(t, "web.example")
 	onEngines(t, func(t *testing.T, engine string) {
-		if engine == EngineNetpoll {
-			t.Skip("this engine does not ask another endpoint for an answer")
-		}
 		more := []byte("more")
 		for name, handle := range map[string]func(c *net.TCPConn){
 			"client":   func(c *net.TCPConn) { expect(c, more); c.SetLinger(0) },
@@ -185,9 +173,6 @@ func TestNoOtherAfterMore(t *testing.T) {
 func TestClientGivesUp(t *testing.T) {
 	hello := helloFor(t, "web.example")
 	onEngines(t, func(t *testing.T, engine string) {
-		if engine == EngineNetpoll {
-			t.Skip("this engine does not ask another endpoint for an answer")
-		}
 		b := takesHello(t, hello, func(c *net.TCPConn) { io.Copy(io.Discard, c) })
 		other := takesHello(t, hello, func(c *net.TCPConn) { io.Copy(io.Discard, c) })
 		f := start(t, Config{Engine: engine, AnswerTimeout: time.Minute},
@@ -214,9 +199,6 @@ func TestClientGivesUp(t *testing.T) {
 func TestAnswerOfAnotherWithProxyHeader(t *testing.T) {
 	hello := helloFor(t, "web.example")
 	onEngines(t, func(t *testing.T, engine string) {
-		if engine == EngineNetpoll {
-			t.Skip("this engine does not ask another endpoint for an answer")
-		}
 		tagged := func(then func(c *net.TCPConn)) *backend {
 			return serve(t, func(c *net.TCPConn) {
 				var line []byte

@@ -52,7 +52,7 @@ type netpollConn struct {
 	halves [2]half // by the side they come from
 
 	born       int64     // on the forwarder's clock
-	owner      *cluster  // guarded by the engine's mutex until it is set
+	owner      *cluster  // guarded by the engine's mutex until it is settled
 	ep         *endpoint // with owner
 	via        uint32    // the number of the cluster it was routed to, with owner
 	count      *byteCount
@@ -66,6 +66,15 @@ type netpollConn struct {
 	logged     bool
 	source     *source // accounts the connection; nil where sources are not limited
 
+	// answering is held while it is settled that the endpoint is the one, or another is
+	// asked in its place, for which a half that would write to it has to wait. It
+	// guards setup, and the socket to the endpoint until it is settled.
+	answering sync.Mutex
+	setup     *setup      // nil once it is settled
+	settled   atomic.Bool // no other endpoint can be asked any more
+	refused   bool        // no endpoint answered; with setup
+	answerBy  int64       // on the forwarder's clock, 0 is never; of the target's half
+
 	// peer is the source, as the kernel or a PROXY header says; local the address it
 	// connected to, valid where a header said so. Guarded by the engine's mutex once
 	// others can see the connection.
@@ -73,13 +82,16 @@ type netpollConn struct {
 	name        string // kept where the end is to be told
 }
 
-// half is one direction of an open connection.
+// half is one direction of a connection whose hello is with an endpoint.
 type half struct {
 	p    *netpollConn
 	src  uint8
 	full uint8 // reads in a row that filled the buffer
 	bulk bool  // sends so much that it is spliced
 	past bool  // has written, after the hello
+
+	// unanswered is why another endpoint is to be asked.
+	unanswered error
 
 	// What was read and could not be written yet.
 	held   *block
@@ -88,7 +100,7 @@ type half struct {
 	inPipe int
 }
 
-// setup is what a connection needs before it is open and not after.
+// setup is what a connection needs until its endpoint has answered and not after.
 type setup struct {
 	p       *netpollConn
 	t       *terms
@@ -98,8 +110,12 @@ type setup struct {
 	expect  bool // a header of the PROXY protocol may come, and was not seen
 	scratch []byte
 	hello   hello
+	moved   bool // data is elsewhere than when hello was read in it
 	dial    dial
 	header  [maxProxyV1]byte
+	head    []byte // the PROXY header that is sent before the hello, in header
+	sent    int    // bytes of head and data that the endpoint has
+	sentAt  int64  // when it had all, on the forwarder's clock
 
 	// While the hello is waited for: the queue it is in, and its place there.
 	queue *list.List
@@ -139,7 +155,11 @@ func (e *netpoll) oldest(limit int, want func(h handle) bool) []handle {
 	defer e.mu.Unlock()
 	var hs []handle
 	for p := range e.conns {
-		if h := (handle{born: p.born, via: p.via, ep: p.ep, conn: p}); want == nil || want(h) {
+		h := handle{born: p.born, conn: p}
+		if p.settled.Load() {
+			h.via, h.ep = p.via, p.ep
+		}
+		if want == nil || want(h) {
 			hs = append(hs, h)
 		}
 	}
@@ -244,7 +264,7 @@ func (e *netpoll) drop(s *setup) {
 	e.setups.Put(s)
 }
 
-// begin accounts a connection that was accepted. It returns false when it was
+// begin accounts a connection that was accepted. It returns false when it is
 // refused.
 func (e *netpoll) begin(s *setup, p *netpollConn) bool {
 	f := e.f
@@ -254,7 +274,7 @@ func (e *netpoll) begin(s *setup, p *netpollConn) bool {
 	p.logged = f.lines.sampled()
 	limit := p.l.admit(s.t, p.born)
 	if limit != "" {
-		e.refuse(s, nil, gateway.RefuseLimit, limit)
+		e.tell(s, nil, gateway.RefuseLimit, limit)
 		return false
 	}
 	expect, reason, detail := s.t.expects(p.peer.Addr())
@@ -262,7 +282,7 @@ func (e *netpoll) begin(s *setup, p *netpollConn) bool {
 		reason, detail = e.admitSource(s)
 	}
 	if reason != "" {
-		e.refuse(s, nil, reason, detail)
+		e.tell(s, nil, reason, detail)
 		return false
 	}
 	return true
@@ -280,9 +300,12 @@ func (e *netpoll) admitSource(s *setup) (reason, detail string) {
 	return "", ""
 }
 
-// refuse ends a connection that reaches no endpoint.
-func (e *netpoll) refuse(s *setup, h *hello, reason, detail string) {
+// tell tells of a connection that reaches no endpoint.
+func (e *netpoll) tell(s *setup, h *hello, reason, detail string) {
 	p, f := s.p, e.f
+	if h != nil && s.moved {
+		s.parse()
+	}
 	f.refuse(p.l, p.peer, h, len(s.data), reason, detail)
 	if p.logged {
 		x := p.connection()
@@ -291,7 +314,11 @@ func (e *netpoll) refuse(s *setup, h *hello, reason, detail string) {
 		}
 		f.lines.add(x, reason)
 	}
-	e.end(p)
+}
+
+// cut tells of a connection that was to end before an endpoint answered.
+func (e *netpoll) cut(s *setup) {
+	e.tell(s, nil, gateway.RefuseClientGone, "cut: "+closeNames[s.p.why.Load()])
 }
 
 // end closes a connection for which nothing runs any more.
@@ -352,20 +379,23 @@ func (e *netpoll) serve(s *setup) {
 		reason, detail = e.readHello(s)
 	}
 	shed := e.waited(s)
-	if p.aborted.Load() && (reason == "" || reason == gateway.RefuseHelloTimeout) {
-		reason, detail = gateway.RefuseClientGone, "cut: "+closeNames[p.why.Load()]
+	switch {
+	case p.aborted.Load() && (reason == "" || reason == gateway.RefuseHelloTimeout):
 		if shed {
-			reason, detail = gateway.RefuseLimit, "pending hellos of the listener"
+			e.tell(s, nil, gateway.RefuseLimit, "pending hellos of the listener")
+		} else {
+			e.cut(s)
+		}
+	case reason != "":
+		e.tell(s, nil, reason, detail)
+	default:
+		p.side[client].setReadDeadline(time.Time{})
+		if e.route(s) && e.reach(s) {
+			e.open(s)
+			return
 		}
 	}
-	if reason != "" {
-		e.refuse(s, nil, reason, detail)
-		e.drop(s)
-		return
-	}
-	if e.route(s) {
-		e.connecting(s)
-	}
+	e.end(p)
 	e.drop(s)
 }
 
@@ -396,7 +426,7 @@ func (e *netpoll) fit(s *setup) {
 		return
 	}
 	b := s.block
-	s.block, s.data = nil, nil
+	s.block, s.data, s.moved = nil, nil, true
 	if n > 0 {
 		s.block = e.blocks.get(n)
 		s.data = s.block.buf[:copy(s.block.buf, b.buf[:n])]
@@ -437,34 +467,38 @@ func (e *netpoll) take(s *setup, n int) (done bool, reason, detail string) {
 	return done, reason, ""
 }
 
-// route finds the cluster of a complete hello and begins to connect. It returns
-// true when connecting has to be called, to wait for that.
-func (e *netpoll) route(s *setup) (waits bool) {
+// route finds the cluster of a complete hello. It returns false when it is refused.
+func (e *netpoll) route(s *setup) bool {
 	f := e.f
-	if s.scan.recs > 1 && len(s.scratch) < len(s.data) {
-		s.scratch = make([]byte, len(s.data))
-	}
 	h := &s.hello
-	if reason := h.parse(s.scan.message(s.data, s.scratch)); reason != "" {
+	if reason := s.parse(); reason != "" {
 		if reason == gateway.RefuseNotTLS {
 			h = nil
 		}
-		e.refuse(s, h, reason, "")
+		e.tell(s, h, reason, "")
 		return false
 	}
 	cl := f.routes.Load().lookup(h.name())
 	if cl == nil {
-		e.refuse(s, h, gateway.RefuseNoRoute, "")
+		e.tell(s, h, gateway.RefuseNoRoute, "")
 		return false
 	}
 	s.dial.begin(f, cl, f.now())
-	return e.connect(s)
+	return true
 }
 
-// unconnected refuses a connection that no endpoint took.
-func (e *netpoll) unconnected(s *setup) {
+// parse reads a complete hello.
+func (s *setup) parse() (reason string) {
+	if s.moved = false; s.scan.recs > 1 && len(s.scratch) < len(s.data) {
+		s.scratch = make([]byte, len(s.data))
+	}
+	return s.hello.parse(s.scan.message(s.data, s.scratch))
+}
+
+// unreached tells of a connection that no endpoint took.
+func (e *netpoll) unreached(s *setup) {
 	reason, detail := s.dial.refusal()
-	e.refuse(s, &s.hello, reason, detail)
+	e.tell(s, &s.hello, reason, detail)
 }
 
 // ownFault says that a failure to connect is ours, and no endpoint's.
@@ -491,49 +525,163 @@ func connectError(err error) error {
 
 var errConnectTimeout = errors.New("connect timed out")
 
-// head is the PROXY header that the endpoint wants before the hello.
-func (s *setup) head() []byte {
+// greet prepares to send the hello to the endpoint that is being tried, behind the
+// PROXY header that it wants.
+func (s *setup) greet() {
+	s.head, s.sent = s.header[:0], 0
 	if s.dial.tier.send == "" {
-		return nil
+		return
 	}
 	p := s.p
 	local := p.local
 	if !local.IsValid() {
 		local = p.side[client].local()
 	}
-	return appendProxyHeader(s.header[:0], s.dial.tier.send, p.peer, local)
+	s.head = appendProxyHeader(s.head, s.dial.tier.send, p.peer, local)
 }
 
-// open begins to move bytes. sent of head and of the hello are with the endpoint.
-func (e *netpoll) open(s *setup, head []byte, sent int) {
-	p, f := s.p, e.f
-	owner, ep := s.dial.done()
-	if f.log.IsTrace() {
-		f.log.Trace("connected", "listener", p.l.name(), "peer_addr", p.peer, "server_name", string(s.hello.name()),
-			"cluster", owner.name, "endpoint", ep.key)
-	}
-	p.count = owner.counter(0, 1)
-	p.lastActive.Store(f.now())
+// open begins to wait for the answer to the hello.
+func (e *netpoll) open(s *setup) {
+	p := s.p
+	p.setup = s
+	p.running.Store(int32(len(p.halves)))
 	for i := range p.halves {
 		p.halves[i].p, p.halves[i].src = p, uint8(i)
 	}
-	h := &p.halves[client]
-	if rest := sent - len(head); rest < len(s.data) {
-		all := append(head[min(sent, len(head)):len(head):len(head)], s.data[max(rest, 0):]...)
-		h.held = &block{buf: all}
-		h.data = all
+	e.asked(s)
+	// Each has a goroutine of its own, and none has this one's stack.
+	go p.halves[target].run()
+	go p.halves[client].run()
+}
+
+// asked notes that an endpoint has the hello.
+func (e *netpoll) asked(s *setup) {
+	p, d := s.p, &s.dial
+	d.connected()
+	s.sentAt, p.answerBy = e.f.now(), 0
+	if limit := d.answerTimeout(); limit > 0 {
+		p.answerBy = s.sentAt + int64(limit)
 	}
-	p.moved(client, max(0, sent-len(head)))
-	p.running.Store(2)
 	e.see(p, func() {
-		p.owner, p.ep, p.via = owner, ep, s.dial.cluster.number
+		p.owner, p.ep, p.via = d.tier.owner, d.ep, d.cluster.number
 		if p.logged {
 			p.name = string(s.hello.name())
 		}
 	})
-	// Each has a goroutine of its own, and none has this one's stack.
-	go p.halves[target].run()
-	go h.run()
+}
+
+// settle ends the time in which another endpoint could be asked; answering must be
+// held.
+func (p *netpollConn) settle(answered bool) {
+	s, f := p.setup, p.e.f
+	now := f.now()
+	if answered {
+		s.dial.answered(now)
+	} else {
+		s.dial.done()
+	}
+	if f.log.IsTrace() {
+		f.log.Trace("connected", "listener", p.l.name(), "peer_addr", p.peer, "server_name", string(s.hello.name()),
+			"cluster", p.owner.name, "endpoint", p.ep.key)
+	}
+	p.count = p.owner.counter(0, 1)
+	p.moved(client, len(s.data))
+	p.lastActive.Store(now)
+	p.setup = nil
+	p.settled.Store(true)
+	p.e.drop(s)
+	if p.l.terms.Load().idle > 0 {
+		p.arm(client, true)
+		p.arm(target, true)
+	}
+}
+
+// first is called when a direction has something to pass on for the first time, or
+// its end with gone set. It returns false when it is not to be passed on: the
+// connection ends, or another endpoint is to be asked.
+func (h *half) first(gone error) bool {
+	p := h.p
+	if h.src == target && gone != nil {
+		h.unanswered = gone
+		return false
+	}
+	p.answering.Lock()
+	defer p.answering.Unlock()
+	switch {
+	case p.settled.Load():
+		return true
+	case p.refused || p.aborted.Load():
+		return false
+	}
+	if s := p.setup; gone != nil && s.dial.waitedLong(p.e.f.now()-s.sentAt) {
+		s.dial.suspect(p.e.f.now(), errGaveUp)
+	}
+	p.settle(h.src == target)
+	return true
+}
+
+// another asks another endpoint in place of one that did not answer, unless it was
+// settled meanwhile. It returns false when there is no more to do.
+func (h *half) another() bool {
+	p := h.p
+	e := p.e
+	cause := h.unanswered
+	h.unanswered = nil
+	p.answering.Lock()
+	defer p.answering.Unlock()
+	silent := errors.Is(cause, errNoAnswer)
+	switch {
+	case p.settled.Load():
+		if errors.Is(cause, errClosedUnanswered) {
+			h.ended()
+		} else if !silent {
+			p.failed()
+		}
+		return silent
+	case p.aborted.Load():
+		return false
+	}
+	s := p.setup
+	d := &s.dial
+	if silent {
+		if !d.others(e.f.now()) {
+			d.suspect(e.f.now(), cause)
+			p.settle(false) // nobody else can be asked: it may still come
+			return true
+		}
+		p.side[target].reset()
+	}
+	e.unset(&p.side[target])
+	d.reset = errors.Is(cause, errResetUnanswered)
+	d.unanswered(e.f.now(), cause)
+	if e.reach(s) {
+		e.asked(s)
+		if p.kept.Load() {
+			p.side[target].keepalive(e.f.cfg.keepalive(p.owner.keepalive()))
+		}
+		return true
+	}
+	if p.refused = true; d.reset {
+		p.side[client].reset()
+	}
+	p.abort()
+	return false
+}
+
+// unset closes a socket whose connection goes on.
+func (e *netpoll) unset(w *wire) {
+	e.mu.Lock()
+	old := *w
+	*w = wire{}
+	e.mu.Unlock()
+	old.close()
+}
+
+// set is where a connection gets its socket to an endpoint.
+func (e *netpoll) set(p *netpollConn, w wire) {
+	e.mu.Lock()
+	p.side[target] = w
+	e.mu.Unlock()
 }
 
 // moved accounts bytes that came from src and were passed on.
@@ -548,10 +696,24 @@ func (p *netpollConn) moved(src uint8, n int) {
 
 // run moves one direction until its end.
 func (h *half) run() {
-	h.pump()
-	p := h.p
+	for h.pump(); h.unanswered != nil && h.another(); {
+		h.pump()
+	}
 	h.release()
-	if p.running.Add(-1) > 0 {
+	if p := h.p; p.running.Add(-1) == 0 {
+		p.over()
+	}
+}
+
+// over ends the connection when both of its directions have.
+func (p *netpollConn) over() {
+	if s := p.setup; s != nil {
+		if !p.refused {
+			s.dial.abandon()
+			p.e.cut(s)
+		}
+		p.e.end(p)
+		p.e.drop(s)
 		return
 	}
 	why := closeReason(p.why.Load())
@@ -603,19 +765,29 @@ func (p *netpollConn) keepaliveAfter() time.Duration {
 	return min(cfg.Keepalive.Idle/2, cfg.keepalive(p.owner.keepalive()).Idle/2, 10*time.Second)
 }
 
-// due is how long to wait for more before tend is to be called; 0 is for ever.
+// due is how long to wait for more of a side before tend is to be called; 0 is for
+// ever.
 func (p *netpollConn) due(src uint8) (d time.Duration) {
 	now := p.e.f.now()
-	half := p.ends.Load() > 0
-	idle := p.l.terms.Load().idleLimit(half)
-	if !p.kept.Load() && (src == client || half) {
-		d = max(p.keepaliveAfter()-time.Duration(now-p.born), time.Millisecond)
-	}
-	if idle > 0 {
-		left := max(idle-time.Duration(now-p.lastActive.Load()), time.Millisecond)
-		if d == 0 || left < d {
+	sooner := func(t int64) {
+		if left := max(time.Duration(t-now), time.Millisecond); d == 0 || left < d {
 			d = left
 		}
+	}
+	half := p.ends.Load() > 0
+	if !p.settled.Load() {
+		if src == client {
+			return 0
+		}
+		// The target's half asks others, and waits for it to be settled as it does.
+		if p.answerBy > 0 {
+			sooner(p.answerBy)
+		}
+	} else if idle := p.l.terms.Load().idleLimit(half); idle > 0 {
+		sooner(p.lastActive.Load() + int64(idle))
+	}
+	if !p.kept.Load() && (src == target || half) {
+		sooner(p.born + int64(p.keepaliveAfter()))
 	}
 	return d
 }
@@ -640,20 +812,26 @@ func (p *netpollConn) arm(src uint8, again bool) bool {
 	}
 }
 
-// tend does what is due for a connection on which nothing moved for some time. It
-// returns false when the connection ends.
-func (p *netpollConn) tend() bool {
+// tend does what is due for a connection on which nothing moves. It returns false
+// when the direction is to wait no more.
+func (h *half) tend() bool {
+	p := h.p
 	if p.aborted.Load() {
 		return false
 	}
 	f := p.e.f
 	now := f.now()
-	if !p.kept.Load() && time.Duration(now-p.born) >= p.keepaliveAfter() && !p.kept.Swap(true) {
+	settled := p.settled.Load()
+	if !settled && h.src == target && p.answerBy > 0 && now >= p.answerBy {
+		h.unanswered = errNoAnswer
+		return false
+	}
+	if (settled || h.src == target) && !p.kept.Load() && now >= p.born+int64(p.keepaliveAfter()) && !p.kept.Swap(true) {
 		p.side[client].keepalive(f.cfg.Keepalive)
 		p.side[target].keepalive(f.cfg.keepalive(p.owner.keepalive()))
 	}
 	idle := p.l.terms.Load().idleLimit(p.ends.Load() > 0)
-	if idle == 0 || time.Duration(now-p.lastActive.Load()) < idle {
+	if !settled || idle == 0 || time.Duration(now-p.lastActive.Load()) < idle {
 		return true
 	}
 	p.cause(closeIdle)

@@ -186,8 +186,7 @@ func (a *acceptor) ready(uintptr) bool {
 	}
 }
 
-// one accepts a connection. Its hello is most often here already, and then nothing
-// of it is waited for.
+// one accepts a connection.
 func (a *acceptor) one() syscall.Errno {
 	fd, errno := rawAccept(a.fd, &a.sa)
 	if errno != 0 {
@@ -196,12 +195,24 @@ func (a *acceptor) one() syscall.Errno {
 		}
 		return errno
 	}
-	e, s := a.e, a.s
-	p := &netpollConn{l: a.l, born: e.f.now(), peer: getSockaddr(&a.sa)}
+	p := &netpollConn{l: a.l, born: a.e.f.now(), peer: getSockaddr(&a.sa)}
 	p.side[client] = wire{fd: fd, open: true}
-	e.wg.Add(1)
+	a.e.wg.Add(1)
+	if a.begin(p) {
+		a.s = a.e.newSetup()
+	} else {
+		a.e.end(p)
+	}
+	return 0
+}
+
+// begin starts with an accepted connection. Its hello is most often here already,
+// and then nothing of it is waited for. It returns false when the connection is
+// refused.
+func (a *acceptor) begin(p *netpollConn) bool {
+	e, s := a.e, a.s
 	if !e.begin(s, p) {
-		return 0
+		return false
 	}
 	if s.block == nil || len(s.block.buf) < readBuffer {
 		if s.block != nil {
@@ -210,58 +221,78 @@ func (a *acceptor) one() syscall.Errno {
 		s.block = e.blocks.get(readBuffer)
 	}
 	s.data = s.block.buf[:0]
-	n, errno := rawRecv(fd, e.room(s))
+	n, errno := rawRecv(p.side[client].fd, e.room(s))
 	if errno == unix.EAGAIN {
 		n = 0
 	} else if errno != 0 || n == 0 {
-		e.refuse(s, nil, gateway.RefuseClientGone, "")
-		return 0
+		e.tell(s, nil, gateway.RefuseClientGone, "")
+		return false
 	}
 	done, reason, detail := e.take(s, n)
 	switch {
 	case reason != "":
-		e.refuse(s, nil, reason, detail)
-		return 0
+		e.tell(s, nil, reason, detail)
+		return false
+	case done && !e.route(s):
+		return false
 	case done:
-		if e.route(s) {
-			a.s = e.newSetup()
+		switch e.connect(s) {
+		case reached:
+			e.fit(s)
+			e.open(s)
+		case reaching:
 			e.fit(s)
 			go func() {
-				e.connecting(s)
+				if e.awaitReached(s) {
+					e.open(s)
+					return
+				}
+				e.end(p)
 				e.drop(s)
 			}()
-		}
-		return 0
-	}
-	if err := p.side[client].watch(); err != nil {
-		e.refuse(s, nil, gateway.RefuseLimit, err.Error())
-		return 0
-	}
-	// Here and not in its goroutine: they are not run in the order in which their
-	// connections came, and the one that has waited longest is to be shed.
-	a.s = e.newSetup()
-	e.fit(s)
-	e.wait(s)
-	go e.serve(s)
-	return 0
-}
-
-// connect tries endpoints until one takes the hello, or one lets us wait: then it
-// returns true.
-func (e *netpoll) connect(s *setup) (waits bool) {
-	f, d := e.f, &s.dial
-	for d.next(f.now()) {
-		if e.ctx.Err() != nil {
-			d.abandon()
-			e.refuse(s, &s.hello, gateway.RefuseClientGone, "shutting down")
+		default:
 			return false
 		}
+		return true
+	}
+	if err := p.side[client].watch(); err != nil {
+		e.tell(s, nil, gateway.RefuseLimit, err.Error())
+		return false
+	}
+	e.fit(s)
+	// Here and not in its goroutine: they are not run in the order in which their
+	// connections came, and the one that has waited longest is to be shed.
+	e.wait(s)
+	go e.serve(s)
+	return true
+}
+
+// progress is how far connect has come.
+type progress int
+
+const (
+	unreached progress = iota // no endpoint, which was told
+	reaching                  // an endpoint lets us wait
+	reached                   // an endpoint has the hello
+)
+
+// reach connects to an endpoint and sends it the hello. It returns false when the
+// connection is refused.
+func (e *netpoll) reach(s *setup) bool {
+	p := e.connect(s)
+	return p == reached || p == reaching && e.awaitReached(s)
+}
+
+// connect tries endpoints until one takes the hello, or one lets us wait.
+func (e *netpoll) connect(s *setup) progress {
+	f, d := e.f, &s.dial
+	for d.next(f.now()) {
 		fd, errno := rawSocket(family(d.addr.Addr()))
 		if errno != 0 {
 			d.abandon()
 			f.fail(fmt.Errorf("connect to %s: socket: %w", d.addr, errno))
-			e.refuse(s, &s.hello, gateway.RefuseLimit, "socket: "+errno.Error())
-			return false
+			e.tell(s, &s.hello, gateway.RefuseLimit, "socket: "+errno.Error())
+			return unreached
 		}
 		if cc := d.tier.congestion; cc != "" {
 			rawCongestion(fd, cc) // that it can be had was seen before
@@ -269,55 +300,62 @@ func (e *netpoll) connect(s *setup) (waits bool) {
 		if errno = rawConnect(fd, d.addr); errno == 0 {
 			// On loopback it is connected by now; elsewhere this asks and is told to
 			// wait.
-			var head []byte
-			var n int
-			if head, n, errno = s.sendHello(fd); errno == 0 || errno == unix.EAGAIN {
+			s.greet()
+			if errno = s.send(fd); errno == 0 || errno == unix.EAGAIN {
 				w := wire{fd: fd, open: true}
 				if err := errors.Join(w.watch(), s.p.side[client].watch()); err != nil {
 					w.close()
 					d.abandon()
-					e.refuse(s, &s.hello, gateway.RefuseLimit, err.Error())
-					return false
+					f.fail(fmt.Errorf("watch connection: %w", err))
+					e.tell(s, &s.hello, gateway.RefuseLimit, err.Error())
+					return unreached
 				}
-				e.mu.Lock()
-				s.p.side[target] = w
-				e.mu.Unlock()
-				if errno == 0 {
-					e.open(s, head, n)
+				e.set(s.p, w)
+				if errno != 0 {
+					return reaching
 				}
-				return errno != 0
+				return reached
 			}
 		}
 		rawClose(fd)
 		d.failed(f.now(), errno)
 	}
-	e.unconnected(s)
-	return false
+	e.unreached(s)
+	return unreached
 }
 
-// sendHello sends the hello, behind the PROXY header that the endpoint wants.
-func (s *setup) sendHello(fd int32) (head []byte, n int, errno syscall.Errno) {
-	if head = s.head(); len(head) > 0 {
-		n, errno = rawSend2(fd, head, s.data)
-	} else {
-		n, errno = rawSend(fd, s.data)
+// send sends what the endpoint does not have yet.
+func (s *setup) send(fd int32) syscall.Errno {
+	for {
+		head, data := s.head[min(s.sent, len(s.head)):], s.data[max(0, s.sent-len(s.head)):]
+		var n int
+		var errno syscall.Errno
+		switch {
+		case len(head) > 0:
+			n, errno = rawSend2(fd, head, data)
+		case len(data) > 0:
+			n, errno = rawSend(fd, data)
+		default:
+			return 0
+		}
+		if errno != 0 {
+			return errno
+		}
+		s.sent += n
 	}
-	return head, n, errno
 }
 
-// connecting waits for the endpoint that is being connected to, or another.
-func (e *netpoll) connecting(s *setup) {
+// awaitReached waits for the endpoint that lets us wait, or another.
+func (e *netpoll) awaitReached(s *setup) bool {
 	p, d := s.p, &s.dial
 	w := &p.side[target]
 	for {
-		var head []byte
-		var n int
 		var errno syscall.Errno
 		w.setWriteDeadline(time.Now().Add(d.timeout(e.f.now())))
 		err := os.ErrDeadlineExceeded
 		if e.see(p, nil) {
 			err = w.raw.Write(func(uintptr) bool {
-				head, n, errno = s.sendHello(w.fd)
+				errno = s.send(w.fd)
 				return errno != unix.EAGAIN
 			})
 		}
@@ -325,25 +363,28 @@ func (e *netpoll) connecting(s *setup) {
 		switch {
 		case p.aborted.Load():
 			d.abandon()
-			e.refuse(s, &s.hello, gateway.RefuseClientGone, "cut: "+closeNames[p.why.Load()])
-			return
+			e.cut(s)
+			return false
 		case err == nil && errno == 0:
 			w.setWriteDeadline(time.Time{})
-			e.open(s, head, n)
-			return
+			return true
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			cause = errConnectTimeout
 		case err != nil:
 			cause = err
 		}
-		e.mu.Lock()
-		old := *w
-		*w = wire{}
-		e.mu.Unlock()
-		old.close()
-		d.failed(e.f.now(), cause)
-		if !e.connect(s) {
-			return
+		e.unset(w)
+		switch {
+		case s.sent == 0:
+			d.failed(e.f.now(), cause)
+		case errno == unix.EAGAIN: // it is connected, and takes no more
+			d.unanswered(e.f.now(), errNoAnswer)
+		default:
+			d.reset = true
+			d.unanswered(e.f.now(), errResetUnanswered)
+		}
+		if p := e.connect(s); p != reaching {
+			return p == reached
 		}
 	}
 }

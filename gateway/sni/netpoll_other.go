@@ -3,10 +3,11 @@
 package sni
 
 import (
-	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -140,6 +141,7 @@ func (e *netpoll) accept(l *listener, nl *netpollListener) {
 		e.wg.Add(1)
 		s := e.newSetup()
 		if !e.begin(s, p) {
+			e.end(p)
 			e.drop(s)
 			continue
 		}
@@ -150,11 +152,9 @@ func (e *netpoll) accept(l *listener, nl *netpollListener) {
 	}
 }
 
-// connect leaves all to connecting, which may block.
-func (e *netpoll) connect(*setup) (waits bool) { return true }
-
-// connecting tries endpoints until one takes the hello.
-func (e *netpoll) connecting(s *setup) {
+// reach connects to an endpoint and sends it the hello. It returns false when the
+// connection is refused.
+func (e *netpoll) reach(s *setup) bool {
 	f, p, d := e.f, s.p, &s.dial
 	for d.next(f.now()) {
 		dialer := net.Dialer{Timeout: d.timeout(f.now()), KeepAlive: -1}
@@ -163,9 +163,7 @@ func (e *netpoll) connecting(s *setup) {
 				return c.Control(func(fd uintptr) { setCongestion(int(fd), cc) }) // that it can be had was seen before
 			}
 		}
-		ctx, cancel := context.WithCancel(e.ctx)
-		c, err := dialer.DialContext(ctx, "tcp", d.addr.String())
-		cancel()
+		c, err := dialer.DialContext(e.ctx, "tcp", d.addr.String())
 		var w wire
 		if err == nil {
 			w, err = newWire(c.(*net.TCPConn))
@@ -175,31 +173,40 @@ func (e *netpoll) connecting(s *setup) {
 			switch {
 			case e.ctx.Err() != nil:
 				d.abandon()
-				e.refuse(s, &s.hello, gateway.RefuseClientGone, "shutting down")
-				return
+				e.tell(s, &s.hello, gateway.RefuseClientGone, "shutting down")
+				return false
 			case ownFault(cause):
 				d.abandon()
-				e.refuse(s, &s.hello, gateway.RefuseLimit, "socket: "+cause.Error())
-				return
+				f.fail(fmt.Errorf("connect to %s: socket: %w", d.addr, cause))
+				e.tell(s, &s.hello, gateway.RefuseLimit, "socket: "+cause.Error())
+				return false
 			}
 			d.failed(f.now(), cause)
 			continue
 		}
-		e.mu.Lock()
-		p.side[target] = w
-		e.mu.Unlock()
-		head := s.head()
-		n, err := w.conn.Write(append(head[:len(head):len(head)], s.data...))
-		if err != nil && !e.see(p, nil) {
+		e.set(p, w)
+		s.greet()
+		w.setWriteDeadline(time.Now().Add(d.timeout(f.now())))
+		err = os.ErrDeadlineExceeded
+		if e.see(p, nil) {
+			_, err = w.conn.Write(append(s.head[:len(s.head):len(s.head)], s.data...))
+		}
+		switch {
+		case p.aborted.Load():
 			d.abandon()
-			e.refuse(s, &s.hello, gateway.RefuseClientGone, "cut: "+closeNames[p.why.Load()])
-			return
+			e.cut(s)
+			return false
+		case err == nil:
+			w.setWriteDeadline(time.Time{})
+			return true
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			err = errNoAnswer // it is connected, and takes no more
+		default:
+			err = connectError(err)
 		}
-		if err != nil {
-			p.side[client].reset()
-		}
-		e.open(s, head, n)
-		return
+		e.unset(&p.side[target])
+		d.unanswered(f.now(), err)
 	}
-	e.unconnected(s)
+	e.unreached(s)
+	return false
 }

@@ -44,16 +44,14 @@ const copyBuffer = 16 << 10
 // pump moves one direction.
 func (h *half) pump() {
 	p := h.p
-
-	if h.held != nil && !h.write(h.data) {
-		return
-	}
-	h.release()
 	b := p.e.blocks.get(copyBuffer)
 	defer p.e.blocks.put(b)
 	for again := false; p.arm(h.src, again); again = true {
 		n, err := p.side[h.src].conn.Read(b.buf)
 		if n > 0 {
+			if !p.settled.Load() && !h.first(nil) {
+				return
+			}
 			p.lastActive.Store(p.e.f.now())
 			if !h.write(b.buf[:n]) {
 				return
@@ -62,17 +60,29 @@ func (h *half) pump() {
 
 		switch {
 		case err == nil:
+			continue
 		case errors.Is(err, os.ErrDeadlineExceeded):
-			if !p.tend() {
+			if !h.tend() {
 				return
 			}
-		case err == io.EOF:
-			h.ended()
-			return
-		default:
-			p.failed()
-			return
+			continue
 		}
+		end := errors.Is(err, io.EOF)
+		if !p.settled.Load() {
+			gone := errResetUnanswered
+			if end {
+				gone = errClosedUnanswered
+			}
+			if !h.first(gone) {
+				return
+			}
+		}
+		if end {
+			h.ended()
+		} else {
+			p.failed()
+		}
+		return
 	}
 }
 
@@ -93,7 +103,7 @@ func (h *half) write(b []byte) bool {
 		switch {
 		case err == nil:
 		case errors.Is(err, os.ErrDeadlineExceeded):
-			if !p.tend() {
+			if !h.tend() {
 				return false
 			}
 		default:

@@ -55,10 +55,12 @@ func (h *half) pump() {
 			return
 		}
 		if !errors.Is(err, os.ErrDeadlineExceeded) {
-			p.failed()
+			if p.settled.Load() || h.first(errResetUnanswered) {
+				p.failed()
+			}
 			return
 		}
-		if !p.tend() {
+		if !h.tend() {
 			return
 		}
 	}
@@ -69,10 +71,7 @@ func (h *half) pump() {
 func (h *half) ready(uintptr) bool {
 	p := h.p
 	pools := &p.e.blocks
-	fd, to := p.side[h.src].fd, p.side[1-h.src].fd
-	if (h.held != nil || h.inPipe > 0) && !h.flush() {
-		return true
-	}
+	fd := p.side[h.src].fd
 	var b *block
 	for left := burst; ; {
 		if left <= 0 {
@@ -101,14 +100,26 @@ func (h *half) ready(uintptr) bool {
 			b = pools.get(readBuffer)
 		}
 		n, errno := recv(fd, b.buf)
-		if n <= 0 || errno != 0 {
+		if errno == syscall.EAGAIN {
 			pools.put(b)
-			switch {
-			case errno == syscall.EAGAIN:
-				return false
-			case errno != 0:
+			return false
+		}
+		var gone error
+		switch {
+		case errno != 0:
+			gone = errResetUnanswered
+		case n == 0:
+			gone = errClosedUnanswered
+		}
+		if !p.settled.Load() && !h.first(gone) {
+			pools.put(b)
+			return true
+		}
+		if gone != nil {
+			pools.put(b)
+			if errno != 0 {
 				p.failed()
-			default:
+			} else {
 				h.ended()
 			}
 			return true
@@ -120,7 +131,7 @@ func (h *half) ready(uintptr) bool {
 			h.past = true
 			p.side[target].noDelay()
 		}
-		k, errno := send(to, b.buf[:n])
+		k, errno := send(p.side[1-h.src].fd, b.buf[:n])
 		if errno == syscall.EAGAIN {
 			k = 0
 		} else if errno != 0 {
@@ -171,7 +182,7 @@ func (h *half) flush() bool {
 		})
 		switch {
 		case err != nil && errors.Is(err, os.ErrDeadlineExceeded):
-			if !p.tend() {
+			if !h.tend() {
 				return false
 			}
 			continue
