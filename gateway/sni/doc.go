@@ -49,5 +49,5 @@
 // # What it refuses to do
 //
 // It does not terminate TLS, does not authorise (that is end to end), and does
-// not retry once a byte of the hello has been taken by an endpoint.
+// not ask another endpoint once one has answered, or more than the hello was sent.
 package sni
