@@ -58,12 +58,30 @@ type ListenerStatus struct {
 type ClusterStatus struct {
 	Name      string
 	Active    int64
-	Connected uint64           // connections that reached an endpoint
-	Failed    uint64           // connections that reached none
-	Retries   uint64           // attempts to connect that were not a connection's first
-	BytesIn   uint64           // from the client to the endpoint
-	BytesOut  uint64           // from the endpoint to the client
-	Endpoints []EndpointStatus `json:",omitempty"`
+	Connected uint64 // connections that reached an endpoint
+	Failed    uint64 // connections that reached none
+	Retries   uint64 // attempts to connect that were not a connection's first
+	BytesIn   uint64 // from the client to the endpoint
+	BytesOut  uint64 // from the endpoint to the client
+	// ConnectTimes are those of the connections that reached an endpoint; nil while
+	// there are none, and where the data plane does not tell.
+	ConnectTimes *ConnectTimes    `json:",omitempty"`
+	Endpoints    []EndpointStatus `json:",omitempty"`
+}
+
+// ConnectTimes tells how long it took to connect to endpoints, attempts that failed
+// not included.
+type ConnectTimes struct {
+	Sum Duration
+	// Counts has how many took at most as long as the ConnectBounds of the same index,
+	// and longer than the one before; the last is of those that took longer than all.
+	Counts []uint64
+}
+
+// ConnectBounds are the bounds that connections are counted by, in [ConnectTimes].
+var ConnectBounds = [...]time.Duration{
+	time.Millisecond, 2500 * time.Microsecond, 5 * time.Millisecond, 10 * time.Millisecond, 25 * time.Millisecond,
+	50 * time.Millisecond, 100 * time.Millisecond, 250 * time.Millisecond, time.Second,
 }
 
 // EndpointStatus tells of one endpoint of a cluster.
@@ -71,6 +89,8 @@ type EndpointStatus struct {
 	Address   string // host:port
 	Active    int64
 	Connected uint64
+	BytesIn   uint64 `json:",omitempty"` // from clients to it
+	BytesOut  uint64 `json:",omitempty"` // from it to clients
 	// Failed attempts: it could not be connected to, or did not answer. Failures has
 	// them by one of the Fail constants, where the data plane tells.
 	Failed    uint64

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -33,7 +34,12 @@ const (
 	metricClusterActive     = "proxy.cluster.active"
 	metricEndpointConnected = "proxy.endpoint.connected"
 	metricEndpointFailed    = "proxy.endpoint.failed"
+	metricEndpointBytesIn   = "proxy.endpoint.bytes_in"
+	metricEndpointBytesOut  = "proxy.endpoint.bytes_out"
 	metricEndpointActive    = "proxy.endpoint.active"
+	metricConnectBucket     = "proxy.cluster.connect_seconds_bucket"
+	metricConnectSum        = "proxy.cluster.connect_seconds_sum"
+	metricConnectCount      = "proxy.cluster.connect_seconds_count"
 	metricAge               = "proxy.table.age_seconds"
 	metricStale             = "proxy.table.stale"
 	metricServing           = "proxy.serving"
@@ -57,9 +63,14 @@ var Metrics = []Metric{
 	{metricRetries, counter, []string{"proxy", "cluster"}, "attempts to connect that were not a connection's first"},
 	{metricBytesIn, counter, []string{"proxy", "cluster"}, "bytes from clients to endpoints"},
 	{metricBytesOut, counter, []string{"proxy", "cluster"}, "bytes from endpoints to clients"},
+	{metricConnectBucket, counter, []string{"proxy", "cluster", "le"}, "gateways: connections that took at most `le` seconds to connect to an endpoint; with the next two a histogram of Prometheus"},
+	{metricConnectSum, counter, []string{"proxy", "cluster"}, "seconds that they all took"},
+	{metricConnectCount, counter, []string{"proxy", "cluster"}, "how many there were"},
 	{metricClusterActive, gauge, []string{"proxy", "cluster"}, "open connections"},
 	{metricEndpointConnected, counter, []string{"proxy", "cluster", "endpoint"}, "connections that reached it"},
 	{metricEndpointFailed, counter, []string{"proxy", "cluster", "endpoint", "reason"}, "attempts at it that failed, by why"},
+	{metricEndpointBytesIn, counter, []string{"proxy", "cluster", "endpoint"}, "bytes from clients to it"},
+	{metricEndpointBytesOut, counter, []string{"proxy", "cluster", "endpoint"}, "bytes from it to clients"},
 	{metricEndpointActive, gauge, []string{"proxy", "cluster", "endpoint"}, "open connections"},
 	{metricAge, gauge, []string{"proxy"}, "time since the forwarding table was last known to be current"},
 	{metricStale, gauge, []string{"proxy"}, "1 while newer knowledge than the table cannot be had, else 0"},
@@ -99,12 +110,12 @@ type Reporter struct {
 
 // series is a metric with its labels.
 type series struct {
-	metric, proxy, listener, cluster, endpoint, reason string
+	metric, proxy, listener, cluster, endpoint, reason, le string
 }
 
 func compareSeries(a, b series) int {
 	return cmp.Or(strings.Compare(a.metric, b.metric), strings.Compare(a.proxy, b.proxy), strings.Compare(a.listener, b.listener),
-		strings.Compare(a.cluster, b.cluster), strings.Compare(a.endpoint, b.endpoint), strings.Compare(a.reason, b.reason))
+		strings.Compare(a.cluster, b.cluster), strings.Compare(a.endpoint, b.endpoint), strings.Compare(a.reason, b.reason), strings.Compare(a.le, b.le))
 }
 
 // Run reports until ctx ends, the last time then, and returns nil.
@@ -145,6 +156,8 @@ func (r *Reporter) report(now time.Time) {
 		switch s.metric {
 		case metricConnected, metricFailed, metricEndpointConnected, metricEndpointFailed:
 			traffic *= connectionWeight
+		case metricConnectBucket, metricConnectSum, metricConnectCount:
+			traffic = 0
 		}
 		switch {
 		case s.endpoint != "":
@@ -160,7 +173,11 @@ func (r *Reporter) report(now time.Time) {
 
 	counters, gauges := map[series]float64{}, map[series]float64{}
 	for s, n := range grown {
-		counters[r.label(s)] += float64(n)
+		v := float64(n)
+		if s.metric == metricConnectSum {
+			v = time.Duration(n).Seconds()
+		}
+		counters[r.label(s)] += v
 	}
 	for s, v := range rd.gauges {
 		gauges[r.label(s)] += v
@@ -198,7 +215,7 @@ func (s series) labels() []metrics.Label {
 	var out []metrics.Label
 	for _, l := range []metrics.Label{
 		{Name: "proxy", Value: s.proxy}, {Name: "listener", Value: s.listener}, {Name: "cluster", Value: s.cluster},
-		{Name: "endpoint", Value: s.endpoint}, {Name: "reason", Value: s.reason},
+		{Name: "endpoint", Value: s.endpoint}, {Name: "reason", Value: s.reason}, {Name: "le", Value: s.le},
 	} {
 		if l.Value != "" {
 			out = append(out, l)
@@ -254,10 +271,13 @@ func read(proxies []ProxyStatus, now time.Time) reading {
 			rd.count(s, metricBytesIn, c.BytesIn)
 			rd.count(s, metricBytesOut, c.BytesOut)
 			rd.gauge(s, metricClusterActive, float64(c.Active))
+			rd.countConnects(s, c.ConnectTimes)
 			for _, e := range c.Endpoints {
 				s.endpoint = e.Address
 				rd.count(s, metricEndpointConnected, e.Connected)
 				rd.countFailures(s, &e)
+				rd.count(s, metricEndpointBytesIn, e.BytesIn)
+				rd.count(s, metricEndpointBytesOut, e.BytesOut)
 				rd.gauge(s, metricEndpointActive, float64(e.Active))
 			}
 		}
@@ -284,6 +304,25 @@ func (rd *reading) countFailures(s series, e *EndpointStatus) {
 	if s.reason = FailOther; rest > 0 {
 		rd.count(s, metricEndpointFailed, rest)
 	}
+}
+
+// countConnects counts as Prometheus does: each bucket has those below it too.
+func (rd *reading) countConnects(s series, t *ConnectTimes) {
+	if t == nil {
+		return
+	}
+	var n uint64
+	for i, k := range t.Counts {
+		n += k
+		s.le = "+Inf"
+		if i < len(ConnectBounds) {
+			s.le = strconv.FormatFloat(ConnectBounds[i].Seconds(), 'g', -1, 64)
+		}
+		rd.count(s, metricConnectBucket, n)
+	}
+	s.le = ""
+	rd.count(s, metricConnectSum, uint64(t.Sum))
+	rd.count(s, metricConnectCount, n)
 }
 
 func (rd *reading) gauge(s series, metric string, v float64) {

@@ -71,7 +71,10 @@ func proxyStatus(accepted, refused, connected, in uint64) gateway.ProxyStatus {
 			}},
 			Clusters: []gateway.ClusterStatus{{
 				Name: "api", Active: 3, Connected: connected, Failed: 1, Retries: 2, BytesIn: in, BytesOut: 2 * in,
+				ConnectTimes: &gateway.ConnectTimes{Sum: gateway.Duration(connected) * gateway.Duration(time.Second/4),
+					Counts: []uint64{connected - 1, 0, 0, 0, 0, 0, 0, 0, 0, 1}},
 				Endpoints: []gateway.EndpointStatus{{Address: "10.0.0.1:80", Active: 3, Connected: connected, Failed: 3,
+					BytesIn: in, BytesOut: 2 * in,
 					Failures: map[string]uint64{gateway.FailReset: 2}}},
 			}},
 		},
@@ -96,6 +99,20 @@ func TestReporter(t *testing.T) {
 		"proxy.cluster.retries proxy=gw cluster=api":                                   2,
 		"proxy.cluster.bytes_in proxy=gw cluster=api":                                  160,
 		"proxy.cluster.bytes_out proxy=gw cluster=api":                                 320,
+		"proxy.cluster.connect_seconds_bucket proxy=gw cluster=api le=0.001":           13,
+		"proxy.cluster.connect_seconds_bucket proxy=gw cluster=api le=0.0025":          13,
+		"proxy.cluster.connect_seconds_bucket proxy=gw cluster=api le=0.005":           13,
+		"proxy.cluster.connect_seconds_bucket proxy=gw cluster=api le=0.01":            13,
+		"proxy.cluster.connect_seconds_bucket proxy=gw cluster=api le=0.025":           13,
+		"proxy.cluster.connect_seconds_bucket proxy=gw cluster=api le=0.05":            13,
+		"proxy.cluster.connect_seconds_bucket proxy=gw cluster=api le=0.1":             13,
+		"proxy.cluster.connect_seconds_bucket proxy=gw cluster=api le=0.25":            13,
+		"proxy.cluster.connect_seconds_bucket proxy=gw cluster=api le=1":               13,
+		"proxy.cluster.connect_seconds_bucket proxy=gw cluster=api le=+Inf":            15,
+		"proxy.cluster.connect_seconds_sum proxy=gw cluster=api":                       3.75,
+		"proxy.cluster.connect_seconds_count proxy=gw cluster=api":                     15,
+		"proxy.endpoint.bytes_in proxy=gw cluster=api endpoint=10.0.0.1:80":            160,
+		"proxy.endpoint.bytes_out proxy=gw cluster=api endpoint=10.0.0.1:80":           320,
 		"proxy.endpoint.connected proxy=gw cluster=api endpoint=10.0.0.1:80":           15,
 		"proxy.endpoint.failed proxy=gw cluster=api endpoint=10.0.0.1:80 reason=reset": 2,
 		"proxy.endpoint.failed proxy=gw cluster=api endpoint=10.0.0.1:80 reason=other": 1,
@@ -239,6 +256,7 @@ before the name (` + "`consul`" + `); for Prometheus the dots are underscores.
 | ` + "`listener`" + ` | name in the forwarding table |
 | ` + "`cluster`" + ` | name in the forwarding table: where connections go |
 | ` + "`endpoint`" + ` | host:port |
+| ` + "`le`" + ` | upper bound of a bucket, in seconds; each has those below it too |
 | ` + "`reason`" + ` | why connections were [refused](gateways.md#what-is-refused-and-why), or have ended: ` + "`done`, `reset`, `idle`, `drain`, `failback`, `rebalance`, `removed`, `stopped`" + ` |
 
 The number of series is bounded: the 200 clusters and the 200 endpoints of an agent that have the most traffic have

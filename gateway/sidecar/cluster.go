@@ -42,6 +42,7 @@ type endpointState struct {
 	active            atomic.Int64
 	connected, failed atomic.Uint64
 	reasons           gateway.Failures
+	in, out           atomic.Uint64 // bytes
 
 	// mu guards what follows.
 	mu      sync.Mutex
@@ -207,7 +208,7 @@ func (c *cluster) status() gateway.ClusterStatus {
 		e.mu.Lock()
 		es := gateway.EndpointStatus{
 			Address: e.address, Active: e.active.Load(), Connected: e.connected.Load(), Failed: e.failed.Load(), LastError: e.lastErr,
-			Failures: e.reasons.Map(),
+			Failures: e.reasons.Map(), BytesIn: e.in.Load(), BytesOut: e.out.Load(),
 		}
 		if now.Before(e.until) {
 			es.EjectedUntil = e.until

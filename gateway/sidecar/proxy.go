@@ -280,10 +280,10 @@ func (s *Sidecar) join(ses *session, c *cluster, e *reached, client, server net.
 	var wg sync.WaitGroup
 	var inErr error
 	wg.Go(func() {
-		inErr = forward(server, client, &c.in, &ses.in)
+		inErr = forward(server, client, &c.in, &e.in, &ses.in)
 		endOf(server, client, inErr)
 	})
-	err := forward(client, server, &c.out, &ses.out)
+	err := forward(client, server, &c.out, &e.out, &ses.out)
 	endOf(client, server, err)
 	wg.Wait()
 	switch {

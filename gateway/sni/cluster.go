@@ -29,31 +29,68 @@ type cluster struct {
 	replays   atomic.Int64  // hellos that are with another endpoint because one was silent
 	rr        atomic.Uint64 // position of round robin
 	full      atomic.Int64  // of the rate of connections
-	// bytes has one element for each worker that writes it.
-	bytes atomic.Pointer[[]byteCount]
 
 	// Owned by the control goroutine.
 	spec      *gateway.Cluster
 	endpoints map[string]*endpoint
 }
 
-// byteCount is written by one worker only and padded to a cache line, so that
-// counting bytes never moves a line between cores.
-type byteCount struct {
-	in, out atomic.Uint64
-	_       [48]byte
+// traffic is written by one worker only and fills a cache line, so that counting
+// never moves a line between cores.
+type traffic struct {
+	in, out atomic.Uint64 // bytes
+	// took has how many connections were made, by how long that took, and tookAll how
+	// many nanoseconds it took for all.
+	took    [connectTimes]atomic.Uint32
+	tookAll atomic.Uint64
 }
 
-// counter returns the byte counter of a worker.
-func (c *cluster) counter(worker, workers int) *byteCount {
-	if b := c.bytes.Load(); b != nil {
-		return &(*b)[worker]
+// connectTimes is how many counts of connections there are, by how long it took to
+// make them: one for each of gateway.ConnectBounds, and one for more.
+const connectTimes = 10
+
+// made counts a connection that took so many nanoseconds to make.
+func (t *traffic) made(took int64) {
+	i := 0
+	for i < len(gateway.ConnectBounds) && took > int64(gateway.ConnectBounds[i]) {
+		i++
 	}
-	b := make([]byteCount, workers)
-	if c.bytes.CompareAndSwap(nil, &b) {
-		return &b[worker]
+	t.took[i].Add(1)
+	t.tookAll.Add(uint64(max(took, 0)))
+}
+
+// total is the sum of traffic of several workers or endpoints.
+type total struct {
+	in, out, tookAll uint64
+	took             [connectTimes]uint64
+}
+
+func (t *total) add(e *endpoint) {
+	all := e.traffic.Load()
+	if all == nil {
+		return
 	}
-	return &(*c.bytes.Load())[worker]
+	for i := range *all {
+		x := &(*all)[i]
+		t.in += x.in.Load()
+		t.out += x.out.Load()
+		t.tookAll += x.tookAll.Load()
+		for j := range x.took {
+			t.took[j] += uint64(x.took[j].Load())
+		}
+	}
+}
+
+// counter returns the counts of a worker.
+func (e *endpoint) counter(worker, workers int) *traffic {
+	if t := e.traffic.Load(); t != nil {
+		return &(*t)[worker]
+	}
+	t := make([]traffic, workers)
+	if e.traffic.CompareAndSwap(nil, &t) {
+		return &t[worker]
+	}
+	return &(*e.traffic.Load())[worker]
 }
 
 // keepalive is that of the cluster's connections, as its table now says.
@@ -80,6 +117,8 @@ type endpoint struct {
 	active    atomic.Int64
 	connected atomic.Uint64
 	failed    atomic.Uint64
+	// traffic has one element for each worker that writes it; nil while there is none.
+	traffic atomic.Pointer[[]traffic]
 
 	failures     atomic.Int32 // to connect, in a row
 	silences     atomic.Int32 // times in a row that it was connected to and did not answer
@@ -145,6 +184,10 @@ type plan struct {
 	endpoints []*endpoint // every endpoint of the cluster itself, for Status
 	healthy   int         // of the cluster itself
 	rate      rate        // of connections to the cluster, whatever endpoint they reach
+	// gone are endpoints that it had and may still have connections to, and past what
+	// was counted of those that are forgotten: the counts of a cluster never go back.
+	gone      []*endpoint
+	past      total
 	probe     *gateway.Probe
 	probeFrom int32 // failures in a row that make an endpoint one that fails
 }
@@ -196,8 +239,10 @@ type dial struct {
 	reset   bool   // the last that did not answer reset the connection
 	replay  bool   // counted among the cluster's replays
 	detail  string // of the last failure
+	took    int64  // nanoseconds that it took to make the connection
 
 	// The attempt under way.
+	at   int64 // when it began
 	tier *tier
 	ep   *endpoint
 	addr netip.AddrPort
@@ -239,7 +284,7 @@ func (d *dial) next(now int64) bool {
 			ep.active.Add(1)
 			addrs := ep.addresses()
 			d.addr = addrs[(int(d.start&0xffff)+d.triedOf(ep))%len(addrs)]
-			d.tier, d.ep = t, ep
+			d.tier, d.ep, d.at = t, ep, now
 			d.tried[d.tries] = ep
 			if d.tries++; d.tries > 1 {
 				t.owner.retries.Add(1)
@@ -506,7 +551,12 @@ func (d *dial) release() {
 }
 
 // connected notes that the attempt under way has led to a connection.
-func (d *dial) connected() {
+func (d *dial) connected(now int64) {
+	d.took = now - d.at
+	d.reached()
+}
+
+func (d *dial) reached() {
 	if d.ep.failures.Load() != 0 {
 		d.ep.failures.Store(0)
 	}
@@ -517,7 +567,7 @@ func (d *dial) connected() {
 func (d *dial) done() (*cluster, *endpoint) {
 	d.ep.connected.Add(1)
 	d.tier.owner.connected.Add(1)
-	d.connected()
+	d.reached()
 	d.end()
 	return d.tier.owner, d.ep
 }
@@ -700,7 +750,12 @@ func (r *registry) commit(p *prepared) {
 	used := map[string]bool{}
 	for _, c := range r.clusters {
 		if pl := c.plan.Load(); pl != nil && len(pl.endpoints) < len(c.endpoints) {
-			keep := make(map[string]*endpoint, len(pl.endpoints))
+			keep := make(map[string]*endpoint, len(pl.endpoints)+len(pl.gone))
+			for _, ep := range pl.gone {
+				if ep.host == nil { // which is looked up no more
+					keep[ep.key] = ep
+				}
+			}
 			for _, ep := range pl.endpoints {
 				keep[ep.key] = ep
 			}
@@ -739,6 +794,7 @@ func (r *registry) compile(c *cluster, spec *gateway.Cluster, p *prepared) *plan
 			pl.tiers = append(pl.tiers, r.tiers(p.clusters[s.Name], s, p.zone, unknown)...)
 		}
 	}
+	pl.succeed(c.plan.Load(), listed)
 	if p.failback && (len(pl.tiers) > 1 || p.chained[c.name]) {
 		// To know when connections can come back, without sending one to see.
 		pl.probeFrom = 1
@@ -747,6 +803,30 @@ func (r *registry) compile(c *cluster, spec *gateway.Cluster, p *prepared) *plan
 		}
 	}
 	return pl
+}
+
+// succeed takes over the endpoints of the plan before that are not listed any more.
+// They are forgotten at the next change once they have no connections: one that is
+// being made by that plan may still become one of theirs.
+func (pl *plan) succeed(was *plan, listed map[*endpoint]bool) {
+	if was == nil {
+		return
+	}
+	pl.past = was.past
+	for _, ep := range was.gone {
+		switch {
+		case listed[ep]:
+		case ep.active.Load() == 0:
+			pl.past.add(ep)
+		default:
+			pl.gone = append(pl.gone, ep)
+		}
+	}
+	for _, ep := range was.endpoints {
+		if !listed[ep] {
+			pl.gone = append(pl.gone, ep)
+		}
+	}
 }
 
 // known calls yield with the endpoints of c itself that a check says are healthy.

@@ -324,7 +324,7 @@ func TestSilence(t *testing.T) {
 			for n := 0; n < tc.silences; {
 				d := c.begin("c")
 				if d.next(c.now); d.ep == bad {
-					d.connected()
+					d.connected(c.now)
 					d.unanswered(c.now, errClosedUnanswered)
 					n++
 				} else {
@@ -349,7 +349,7 @@ func TestReplaysAreBounded(t *testing.T) {
 		for range tc.conns {
 			d := c.begin("c")
 			d.next(c.now)
-			d.connected()
+			d.connected(c.now)
 			open = append(open, d)
 		}
 		var replayed []*dial
@@ -403,8 +403,9 @@ func TestStateSurvivesTables(t *testing.T) {
 		t.Error("a changed cluster lost its state, or did not change")
 	}
 	c.apply(weighted(gateway.PolicyRoundRobin, 1))
-	if len(cl.endpoints) != 1 || cl.endpoints["10.0.0.1:1"] != first {
-		t.Errorf("endpoints: %v", cl.endpoints)
+	c.apply(weighted(gateway.PolicyRoundRobin, 2))
+	if len(cl.endpoints) != 2 || cl.endpoints["10.0.0.1:1"] != first || cl.endpoints[ep.key] != ep {
+		t.Errorf("endpoints: %v, want the one there is and the one with a connection", cl.endpoints)
 	}
 	// Gone, but with a connection: kept until that ends.
 	c.apply()
@@ -432,6 +433,84 @@ func TestChoiceAllocatesNothing(t *testing.T) {
 		closed(d.done())
 	}); n != 0 {
 		t.Errorf("%v allocations, want none", n)
+	}
+}
+
+func TestConnectTimes(t *testing.T) {
+	c := newChooser(t, Config{}, weighted("", 1))
+	var sum time.Duration
+	for i, took := range []time.Duration{
+		0, time.Millisecond, time.Millisecond + 1, 4 * time.Millisecond, 30 * time.Millisecond, 90 * time.Millisecond, time.Second, 4 * time.Second, time.Minute,
+	} {
+		d := c.begin("c")
+		if i == 4 { // an attempt before it does not count
+			d.next(int64(time.Second))
+			d.failed(int64(2*time.Second), errConnectTimeout)
+			d.tried[0] = nil
+		}
+		d.next(int64(3 * time.Second))
+		d.connected(int64(3*time.Second + took))
+		_, ep := d.done()
+		ep.counter(i%2, 2).made(d.took)
+		sum += took
+	}
+	got := c.reg.clusters["c"].status(c.Forwarder).ConnectTimes
+	want := &gateway.ConnectTimes{Sum: gateway.Duration(sum), Counts: []uint64{2, 1, 1, 0, 0, 1, 1, 0, 1, 2}}
+	if d := cmp.Diff(want, got); d != "" {
+		t.Errorf("(-want +got):\n%s", d)
+	}
+}
+
+// The counts of a cluster do not go back when endpoints leave it.
+func TestCountsOfThoseThatLeft(t *testing.T) {
+	web := weighted(gateway.PolicyRoundRobin, 1, 1)
+	c := newChooser(t, Config{}, web)
+	cl := c.reg.clusters["c"]
+	open := func() (*cluster, *endpoint) {
+		d := c.begin("c")
+		d.next(0)
+		d.connected(0)
+		owner, ep := d.done()
+		n := ep.counter(0, 1)
+		n.made(d.took)
+		n.in.Add(10)
+		n.out.Add(100)
+		return owner, ep
+	}
+	check := func(when string, bytes uint64, endpoints int) {
+		t.Helper()
+		s := cl.status(c.Forwarder)
+		if s.BytesIn != bytes || s.BytesOut != 10*bytes || s.ConnectTimes.Counts[0] != bytes/10 || len(s.Endpoints) != endpoints {
+			t.Errorf("%s: %+v", when, s)
+		}
+	}
+	a, aEP := open()
+	b, bEP := open()
+	check("both are there", 20, 2)
+	c.apply(weighted(gateway.PolicyRoundRobin, 1))
+	check("one has left", 20, 1)
+	gone := bEP
+	if bEP.key == "10.0.0.1:1" {
+		gone = aEP
+	}
+	gone.counter(0, 1).in.Add(10)
+	gone.counter(0, 1).out.Add(100)
+	gone.counter(0, 1).made(0)
+	check("its connection goes on", 30, 1)
+	c.apply(web)
+	if cl.endpoints[gone.key] != gone || gone.active.Load() != 1 {
+		t.Error("one that came back does not have its connection")
+	}
+	check("it came back", 30, 2)
+	c.apply(weighted(gateway.PolicyRoundRobin, 1))
+	closed(a, aEP)
+	closed(b, bEP)
+	for weight := range 3 {
+		c.apply(weighted(gateway.PolicyRoundRobin, weight+2))
+		check("it has left for good", 30, 1)
+	}
+	if pl := cl.plan.Load(); len(pl.gone) != 0 || len(cl.endpoints) != 1 {
+		t.Errorf("not forgotten: %v, %v", pl.gone, cl.endpoints)
 	}
 }
 

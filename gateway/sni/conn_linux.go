@@ -366,7 +366,7 @@ func (l *loop) sendHello(c *conn, fd int32, peer netip.AddrPort, data []byte, d 
 // open begins to wait for the answer. sent of l.head and of data, the hello, are
 // with the endpoint.
 func (l *loop) open(c *conn, peer netip.AddrPort, data []byte, scan *helloScan, sent int, d *dial) {
-	d.connected()
+	d.connected(l.now)
 	b := l.keep(c, peer, data, scan, d)
 	b.sentAt, b.passed = l.now, max(0, sent-len(l.head))
 	c.phase = phaseAnswer
@@ -411,6 +411,7 @@ func (l *loop) settle(c *conn, answered bool) {
 		c.owner, c.ep = d.done()
 	}
 	c.via = d.cluster.number
+	c.ep.counter(l.worker, len(l.e.loops)).made(d.took)
 	l.moved(c, client, b.passed)
 	c.phase = phaseOpen
 	c.active = l.clock

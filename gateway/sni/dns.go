@@ -3,6 +3,7 @@ package sni
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"net"
 	"net/netip"
 	"sync"
@@ -78,7 +79,7 @@ func (t *ttlTap) take(msg []byte) {
 	found, least := false, ^uint32(0)
 	for {
 		rr, err := p.AnswerHeader()
-		if err == dnsmessage.ErrSectionDone {
+		if errors.Is(err, dnsmessage.ErrSectionDone) {
 			break
 		}
 		if err != nil {

@@ -168,7 +168,7 @@ func TestTTLOfRubbish(t *testing.T) {
 		t.Fatal(err)
 	}
 	whole := s.answer(query)
-	for n := range len(whole) {
+	for n := range whole {
 		tap := &ttlTap{}
 		tap.take(whole[:n])
 		tap.take(query)

@@ -150,7 +150,7 @@ func TestLoopsShareTheWork(t *testing.T) {
 	}
 	wg.Wait()
 	f.stop()
-	counts := *f.view.Load().clusters[0].bytes.Load()
+	counts := *f.view.Load().clusters[0].plan.Load().endpoints[0].traffic.Load()
 	if len(counts) != 2 || counts[0].in.Load() == 0 || counts[1].in.Load() == 0 {
 		t.Errorf("%d loops; by the first %d bytes, by the last %d", len(counts), counts[0].in.Load(), counts[len(counts)-1].in.Load())
 	}

@@ -554,18 +554,22 @@ func (c *cluster) status(f *Forwarder) gateway.ClusterStatus {
 	s := gateway.ClusterStatus{
 		Name: c.name, Active: c.active.Load(), Connected: c.connected.Load(), Failed: c.failed.Load(), Retries: c.retries.Load(),
 	}
-	if b := c.bytes.Load(); b != nil {
-		for i := range *b {
-			s.BytesIn += (*b)[i].in.Load()
-			s.BytesOut += (*b)[i].out.Load()
-		}
-	}
 	pl := c.plan.Load()
 	if pl == nil {
 		return s
 	}
+	all := pl.past
+	for _, ep := range pl.gone {
+		all.add(ep)
+	}
 	for _, ep := range pl.endpoints {
-		es := gateway.EndpointStatus{Address: ep.key, Active: ep.active.Load(), Connected: ep.connected.Load(), Failed: ep.failed.Load()}
+		all.add(ep)
+		var own total
+		own.add(ep)
+		es := gateway.EndpointStatus{
+			Address: ep.key, Active: ep.active.Load(), Connected: ep.connected.Load(), Failed: ep.failed.Load(),
+			BytesIn: own.in, BytesOut: own.out,
+		}
 		if e := ep.lastError.Load(); e != nil {
 			es.LastError = *e
 		}
@@ -581,6 +585,15 @@ func (c *cluster) status(f *Forwarder) gateway.ClusterStatus {
 		s.Endpoints = append(s.Endpoints, es)
 	}
 	slices.SortFunc(s.Endpoints, func(a, b gateway.EndpointStatus) int { return cmp.Compare(a.Address, b.Address) })
+	s.BytesIn, s.BytesOut = all.in, all.out
+	for i, n := range all.took {
+		if n > 0 && s.ConnectTimes == nil {
+			s.ConnectTimes = &gateway.ConnectTimes{Sum: gateway.Duration(all.tookAll), Counts: make([]uint64, connectTimes)}
+		}
+		if n > 0 {
+			s.ConnectTimes.Counts[i] = n
+		}
+	}
 	return s
 }
 

@@ -31,7 +31,7 @@ func TestEcho(t *testing.T) {
 		c := f.dial(hello)
 		expectTag(t, c, "H")
 		const size = 64 << 20
-		sent, got := sha256.New(), sha256.New()
+		sent, heard := sha256.New(), sha256.New()
 		var wg sync.WaitGroup
 		defer wg.Wait()
 		wg.Go(func() {
@@ -49,22 +49,28 @@ func TestEcho(t *testing.T) {
 			}
 			c.CloseWrite()
 		})
-		n, err := io.Copy(got, c)
+		n, err := io.Copy(heard, c)
 		if err != nil || n != size {
 			t.Fatalf("read %d of %d bytes: %v", n, size, err)
 		}
 		wg.Wait()
-		if !bytes.Equal(sent.Sum(nil), got.Sum(nil)) {
+		if !bytes.Equal(sent.Sum(nil), heard.Sum(nil)) {
 			t.Fatal("the bytes differ")
 		}
 		c.Close()
 		f.stop()
 		want := gateway.ClusterStatus{
 			Name: "web", Connected: 1, BytesIn: uint64(len(hello)) + size, BytesOut: 1 + size,
-			Endpoints: []gateway.EndpointStatus{{Address: b.addr, Connected: 1}},
+			Endpoints: []gateway.EndpointStatus{{Address: b.addr, Connected: 1, BytesIn: uint64(len(hello)) + size, BytesOut: 1 + size}},
 		}
-		if d := cmp.Diff(want, f.cluster("web")); d != "" {
+		got := f.cluster("web")
+		times := got.ConnectTimes
+		got.ConnectTimes = nil
+		if d := cmp.Diff(want, got); d != "" {
 			t.Errorf("status (-want +got):\n%s", d)
+		}
+		if times == nil || times.Sum < 0 || times.Sum > gateway.Duration(time.Second) {
+			t.Errorf("connect times: %+v", times)
 		}
 		if l := f.Status().Listeners[0]; l.Active != 0 || l.Accepted != 1 || l.RefusedTotal != 0 {
 			t.Errorf("listener: %+v", l)

@@ -55,7 +55,7 @@ type netpollConn struct {
 	owner      *cluster  // guarded by the engine's mutex until it is settled
 	ep         *endpoint // with owner
 	via        uint32    // the number of the cluster it was routed to, with owner
-	count      *byteCount
+	count      *traffic
 	bytes      [2]atomic.Uint64 // that were passed on, by the side they came from
 	lastActive atomic.Int64     // on the forwarder's clock
 	running    atomic.Int32     // halves whose goroutines have not ended
@@ -557,8 +557,8 @@ func (e *netpoll) open(s *setup) {
 // asked notes that an endpoint has the hello.
 func (e *netpoll) asked(s *setup) {
 	p, d := s.p, &s.dial
-	d.connected()
 	s.sentAt, p.answerBy = e.f.now(), 0
+	d.connected(s.sentAt)
 	if limit := d.answerTimeout(); limit > 0 {
 		p.answerBy = s.sentAt + int64(limit)
 	}
@@ -584,7 +584,8 @@ func (p *netpollConn) settle(answered bool) {
 		f.log.Trace("connected", "listener", p.l.name(), "peer_addr", p.peer, "server_name", string(s.hello.name()),
 			"cluster", p.owner.name, "endpoint", p.ep.key)
 	}
-	p.count = p.owner.counter(0, 1)
+	p.count = p.ep.counter(0, 1)
+	p.count.made(s.dial.took)
 	p.moved(client, len(s.data))
 	p.lastActive.Store(now)
 	p.setup = nil

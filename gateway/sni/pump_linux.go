@@ -202,7 +202,7 @@ func (l *loop) eof(c *conn, src int) bool {
 // moved accounts bytes that came from src and were passed on.
 func (l *loop) moved(c *conn, src, n int) {
 	c.bytes[src] += uint64(n)
-	if count := c.owner.counter(l.worker, len(l.e.loops)); src == client {
+	if count := c.ep.counter(l.worker, len(l.e.loops)); src == client {
 		add(&count.in, n)
 	} else {
 		add(&count.out, n)

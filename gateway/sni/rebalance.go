@@ -23,13 +23,18 @@ const (
 	moveAhead = time.Minute
 	moveLeast = 64
 	moveMost  = 1 << 16
+
+	// silentLeast is how many times in a row an endpoint must not have answered to be
+	// taken for one that cannot be used.
+	silentLeast = 3
 )
 
 // usable says whether a connection that is made now would be given to the endpoint,
-// and is likely to reach it. That the time of an ejection is over is no sign that it
-// is back; a connection or a probe is.
+// and is likely to be answered. That the time of an ejection is over is no sign that it
+// is back; a connection or a probe is. That it did not answer once may be no fault of
+// its own.
 func (e *endpoint) usable(now int64) bool {
-	return e.failures.Load() == 0 && e.silences.Load() == 0 && e.ejectedUntil.Load() <= now && len(e.addresses()) > 0
+	return e.failures.Load() == 0 && e.silences.Load() < silentLeast && e.ejectedUntil.Load() <= now && len(e.addresses()) > 0
 }
 
 // steady returns since when the endpoint has been usable, or 0 where that is not

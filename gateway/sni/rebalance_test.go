@@ -66,10 +66,10 @@ func TestMisplaced(t *testing.T) {
 	at := now - int64(time.Minute) // for long enough
 	own, spare := &cluster{name: "own"}, &cluster{name: "spare"}
 	type ep struct {
-		name   string
-		since  int64
-		fails  int32
-		active int64
+		name           string
+		since          int64
+		fails, silence int32
+		active         int64
 	}
 	for name, tc := range map[string]struct {
 		tiers [][]ep // those from the third are of the spare cluster, the last's health is unknown
@@ -80,6 +80,8 @@ func TestMisplaced(t *testing.T) {
 		"back":                         {tiers: [][]ep{{{name: "a", since: at}}, {{name: "b", since: at, active: 5}}}, want: []string{"b"}},
 		"a moment ago":                 {tiers: [][]ep{{{name: "a", since: now - int64(time.Second)}}, {{name: "b", since: at, active: 5}}}},
 		"not tried yet":                {tiers: [][]ep{{{name: "a", since: at, fails: 1}}, {{name: "b", since: at, active: 5}}}},
+		"not answered once":            {tiers: [][]ep{{{name: "a", since: at, silence: 1}}, {{name: "b", since: at, active: 5}}}, want: []string{"b"}},
+		"silent":                       {tiers: [][]ep{{{name: "a", since: at, silence: 3}}, {{name: "b", since: at, active: 5}}}},
 		"down":                         {tiers: [][]ep{{{name: "a"}}, {{name: "b", since: at, active: 5}}}},
 		"full":                         {tiers: [][]ep{{{name: "a", since: at}}, {{name: "b", since: at, active: 5}}}, limit: 7},
 		"to the second of four": {
@@ -108,6 +110,7 @@ func TestMisplaced(t *testing.T) {
 				}
 				e.usableSince.Store(m.since)
 				e.failures.Store(m.fails)
+				e.silences.Store(m.silence)
 				e.active.Store(m.active)
 				tr.members = append(tr.members, member{ep: e})
 			}
