@@ -645,7 +645,7 @@ func (h *half) another() bool {
 	s := p.setup
 	d := &s.dial
 	if silent {
-		if !d.others(e.f.now()) {
+		if !d.mayReplay(e.f.now()) {
 			d.suspect(e.f.now(), cause)
 			p.settle(false) // nobody else can be asked: it may still come
 			return true
