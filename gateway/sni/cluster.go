@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
@@ -170,7 +171,7 @@ func (e *endpoint) addresses() []netip.AddrPort {
 		return e.fixed
 	}
 	if a := e.host.addrs.Load(); a != nil {
-		return *a
+		return a.list
 	}
 	return nil
 }
@@ -220,6 +221,7 @@ const (
 	maxTries              = 8 // bound of Config.ConnectAttempts
 	defaultConnectTimeout = 5 * time.Second
 	minAddressTimeout     = 500 * time.Millisecond
+	maxAddressTimeout     = time.Second
 	maxWeight             = 128 // as Consul has it
 )
 
@@ -232,20 +234,22 @@ type dial struct {
 	began   int64
 	tries   int
 	tried   [maxTries]*endpoint
-	start   uint32 // where in an endpoint's addresses to begin
-	limited bool   // passed over a cluster because it is full
-	rated   bool   // refused because of the rate of the cluster
-	silent  bool   // the last failure was not to be answered
-	reset   bool   // the last that did not answer reset the connection
-	replay  bool   // counted among the cluster's replays
-	detail  string // of the last failure
-	took    int64  // nanoseconds that it took to make the connection
+	places  [maxTries]uint16 // of the address in the endpoint's
+	start   uint32           // where in an endpoint's addresses to begin
+	limited bool             // passed over a cluster because it is full
+	rated   bool             // refused because of the rate of the cluster
+	silent  bool             // the last failure was not to be answered
+	reset   bool             // the last that did not answer reset the connection
+	replay  bool             // counted among the cluster's replays
+	detail  string           // of the last failure
+	took    int64            // nanoseconds that it took to make the connection
 
 	// The attempt under way.
 	at   int64 // when it began
 	tier *tier
 	ep   *endpoint
 	addr netip.AddrPort
+	rest *addressRest // of the address; nil where it is the only one
 }
 
 // begin starts the choice for a connection that is routed to c.
@@ -282,9 +286,8 @@ func (d *dial) next(now int64) bool {
 				continue
 			}
 			ep.active.Add(1)
-			addrs := ep.addresses()
-			d.addr = addrs[(int(d.start&0xffff)+d.triedOf(ep))%len(addrs)]
 			d.tier, d.ep, d.at = t, ep, now
+			d.places[d.tries] = d.chooseAddress(ep, now)
 			d.tried[d.tries] = ep
 			if d.tries++; d.tries > 1 {
 				t.owner.retries.Add(1)
@@ -295,12 +298,56 @@ func (d *dial) next(now int64) bool {
 	return false
 }
 
+// chooseAddress sets the address of ep to try: one that was not tried, and rather one
+// that does not rest.
+func (d *dial) chooseAddress(ep *endpoint, now int64) (place uint16) {
+	d.rest = nil
+	if ep.host == nil {
+		d.addr = ep.fixed[0]
+		return 0
+	}
+	set := ep.host.addrs.Load()
+	n := len(set.list)
+	if n == 1 {
+		d.addr = set.list[0]
+		return 0
+	}
+	chosen := int(d.start&0xffff) % n
+	resting := int64(math.MaxInt64)
+	for k := range n {
+		i := (int(d.start&0xffff) + k) % n
+		if d.triedAt(ep, uint16(i)) {
+			continue
+		}
+		until := set.rest[i].until.Load()
+		if until <= now {
+			chosen = i
+			break
+		}
+		if until < resting { // of those that all rest, the one that is done first
+			chosen, resting = i, until
+		}
+	}
+	d.addr, d.rest = set.list[chosen], set.rest[chosen]
+	return uint16(chosen)
+}
+
+func (d *dial) triedAt(ep *endpoint, place uint16) bool {
+	for i, t := range d.tried[:d.tries] {
+		if t == ep && d.places[i] == place {
+			return true
+		}
+	}
+	return false
+}
+
 // timeout is how long the attempt under way may take. A name with several
-// addresses shares its time among those not yet tried.
+// addresses shares its time among those not yet tried, and all but the last get
+// little of it: one family without a route is common, and nobody is to wait for it.
 func (d *dial) timeout(now int64) time.Duration {
 	t := d.tier.timeout
 	if left := len(d.ep.addresses()) - d.triedOf(d.ep); left > 0 {
-		t = max(t/time.Duration(left+1), min(t, minAddressTimeout))
+		t = min(max(t/time.Duration(left+1), min(t, minAddressTimeout)), maxAddressTimeout)
 	}
 	return max(min(t, d.f.cfg.ConnectDeadline-time.Duration(now-d.began)), time.Millisecond)
 }
@@ -509,6 +556,9 @@ func (t *tier) layOut() {
 // failed ends the attempt under way: the endpoint could not be connected to.
 func (d *dial) failed(now int64, cause error) {
 	d.release()
+	if d.rest != nil {
+		d.rest.failed(&d.f.cfg, now)
+	}
 	d.silent = false
 	d.detail = fmt.Sprintf("%s: %s", d.addr, d.ep.fault(cause))
 	d.f.eject(d.tier, d.ep, now)
@@ -557,6 +607,9 @@ func (d *dial) connected(now int64) {
 }
 
 func (d *dial) reached() {
+	if d.rest != nil {
+		d.rest.reached()
+	}
 	if d.ep.failures.Load() != 0 {
 		d.ep.failures.Store(0)
 	}

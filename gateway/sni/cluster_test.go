@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"slices"
 	"sync"
@@ -436,6 +437,86 @@ func TestChoiceAllocatesNothing(t *testing.T) {
 	}
 }
 
+func TestAddressesRest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		addrs := []netip.Addr{netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("2001:db8::1")}
+		f := New(Config{LookupInterval: time.Second, EjectBase: 10 * time.Second, EjectMax: 15 * time.Second, Lookup: func(context.Context, string) ([]netip.Addr, time.Duration, error) {
+			rand.Shuffle(len(addrs), func(i, j int) { addrs[i], addrs[j] = addrs[j], addrs[i] }) // as name servers do
+			return slices.Clone(addrs), 0, nil
+		}})
+		c := &chooser{Forwarder: f, reg: registry{clusters: map[string]*cluster{}, dns: newResolver(ctx, f.cfg.Lookup, f.cfg.LookupInterval, f.log)}}
+		gw := gateway.Cluster{Name: "c", ConnectTimeout: 5 * time.Second, Endpoints: []gateway.Endpoint{{Address: "gw.example", Port: 1, Healthy: true, Weight: 1}}}
+		c.apply(gw)
+		c.reg.dns.await(ctx, time.Second)
+		first := func() string {
+			c.now = f.now()
+			d := c.begin("c")
+			d.next(c.now)
+			defer d.abandon()
+			return d.addr.Addr().String()
+		}
+		firsts := func() (n int) {
+			all := map[string]bool{}
+			for range 200 {
+				all[first()] = true
+			}
+			return len(all)
+		}
+		if n := firsts(); n != 3 {
+			t.Errorf("%d addresses are begun with, want all", n)
+		}
+		// Each is tried once, whatever becomes of it.
+		c.now = f.now()
+		d, tried := c.begin("c"), map[string]bool{}
+		for d.next(f.now()) {
+			if left := 2 - len(tried); left > 0 && d.timeout(f.now()) > time.Second {
+				t.Errorf("%s for an address with %d others", d.timeout(f.now()), left)
+			}
+			tried[d.addr.String()] = true
+			d.failed(f.now(), errConnectTimeout)
+		}
+		if d.tries != 3 || len(tried) != 3 {
+			t.Errorf("tried %v in %d attempts", tried, d.tries)
+		}
+		time.Sleep(11 * time.Second)
+		synctest.Wait()
+		c.now = f.now()
+		d = c.begin("c")
+		d.next(c.now)
+		bad := d.addr.Addr().String()
+		d.failed(f.now(), errConnectTimeout)
+		for range 14 { // for EjectMax, over several lookups
+			if n := firsts(); n != 2 {
+				t.Fatalf("%d addresses are begun with, want all but %s", n, bad)
+			}
+			if first() == bad {
+				t.Fatal("an address that rests is tried first")
+			}
+			time.Sleep(time.Second)
+			synctest.Wait()
+		}
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		if n := firsts(); n != 3 {
+			t.Errorf("%d addresses are begun with after a rest, want all", n)
+		}
+		for c.now = f.now(); ; {
+			d = c.begin("c")
+			if d.next(c.now); d.addr.Addr().String() == bad {
+				d.done()
+				break
+			}
+			d.abandon()
+		}
+		if n := d.rest.failures.Load(); n != 0 {
+			t.Errorf("%d failures of one that was reached", n)
+		}
+		cancel()
+		c.reg.dns.stop()
+	})
+}
+
 func TestConnectTimes(t *testing.T) {
 	c := newChooser(t, Config{}, weighted("", 1))
 	var sum time.Duration
@@ -550,7 +631,7 @@ func TestResolver(t *testing.T) {
 		h := r.host("gw.example", 443)
 		r.await(ctx, time.Second)
 		want := addrs("[2001:db8::1]:443", "10.0.0.1:443", "10.0.0.2:443")
-		if d := cmp.Diff(want, *h.addrs.Load(), cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); d != "" {
+		if d := cmp.Diff(want, h.addrs.Load().list, cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); d != "" {
 			t.Errorf("addresses (-want +got):\n%s", d)
 		}
 		if r.host("gw.example", 443) != h {
@@ -560,7 +641,7 @@ func TestResolver(t *testing.T) {
 		set(nil, errors.New("no servers"))
 		time.Sleep(12 * time.Second)
 		synctest.Wait()
-		if h.err.Load() == nil || len(*h.addrs.Load()) != 3 {
+		if h.err.Load() == nil || len(h.addrs.Load().list) != 3 {
 			t.Errorf("after a failure: %v, %v", h.err.Load(), h.addrs.Load())
 		}
 		before := count()
@@ -572,7 +653,7 @@ func TestResolver(t *testing.T) {
 		set(three[:1], nil)
 		time.Sleep(15 * time.Second)
 		synctest.Wait()
-		if h.err.Load() != nil || len(*h.addrs.Load()) != 1 {
+		if h.err.Load() != nil || len(h.addrs.Load().list) != 1 {
 			t.Errorf("after a new answer: %v, %v", h.err.Load(), h.addrs.Load())
 		}
 		// Where it is known how long an answer holds, that is when it is asked again.

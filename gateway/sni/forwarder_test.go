@@ -736,6 +736,41 @@ func TestHostnames(t *testing.T) {
 	})
 }
 
+// One of a name's addresses that swallows connections costs the first of them a
+// moment, and the others nothing.
+func TestAddressWithoutARoute(t *testing.T) {
+	hello := helloFor(t, "web.example")
+	onEngines(t, func(t *testing.T, engine string) {
+		silent := netip.MustParseAddrPort(blackhole(t)) // on 127.0.0.1
+		good := netip.MustParseAddr("127.0.0.3")
+		serveOn(t, netip.AddrPortFrom(good, silent.Port()).String(), func(c *net.TCPConn) {
+			if expect(c, hello) == nil {
+				c.Write([]byte("H"))
+				echo(c)
+			}
+		})
+		lookup := func(context.Context, string) ([]netip.Addr, time.Duration, error) {
+			return []netip.Addr{good, silent.Addr()}, time.Minute, nil
+		}
+		web := clusterOf("web")
+		web.ConnectTimeout = time.Minute
+		web.Endpoints = []gateway.Endpoint{{Address: "gw.dc2.example", Port: int(silent.Port()), Healthy: true, Weight: 1}}
+		f := start(t, Config{Engine: engine, Lookup: lookup, ConnectDeadline: time.Minute, EjectBase: time.Hour, EjectMax: time.Hour},
+			table([]gateway.Cluster{web}, "web.example", "web"))
+		begin := time.Now()
+		for range 20 {
+			expectTag(t, f.dial(hello), "H")
+		}
+		if took := time.Since(begin); took > 10*time.Second {
+			t.Errorf("20 connections took %s", took)
+		}
+		c := f.cluster("web")
+		if c.Connected != 20 || c.Endpoints[0].Failed != 1 {
+			t.Errorf("want one failure to find out: %+v", c)
+		}
+	})
+}
+
 func TestNothingIsLeft(t *testing.T) {
 	hello := helloFor(t, "web.example")
 	onEngines(t, func(t *testing.T, engine string) {

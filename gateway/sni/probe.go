@@ -4,7 +4,6 @@ import (
 	"context"
 	"math/rand/v2"
 	"net"
-	"net/netip"
 	"sync"
 	"time"
 
@@ -34,11 +33,10 @@ type prober struct {
 	slots chan struct{}
 	wg    sync.WaitGroup
 	due   map[*endpoint]int64 // on the forwarder's clock; run's own
-	turns map[*endpoint]int   // which address is next; run's own
 }
 
 func newProber(f *Forwarder) *prober {
-	return &prober{f: f, slots: make(chan struct{}, probesAtOnce), due: map[*endpoint]int64{}, turns: map[*endpoint]int{}}
+	return &prober{f: f, slots: make(chan struct{}, probesAtOnce), due: map[*endpoint]int64{}}
 }
 
 // run probes until ctx ends, and returns when nothing of it is left.
@@ -111,17 +109,15 @@ func (p *prober) turn(ctx context.Context) (wait time.Duration, ok bool) {
 	for ep := range p.due {
 		if !seen[ep] {
 			delete(p.due, ep)
-			delete(p.turns, ep)
 		}
 	}
 	return max(time.Duration(next-now), probeTurn), ok
 }
 
-// begin connects to the next address of an endpoint, unless too many probes are
-// under way; then its turn is over.
+// begin connects to an endpoint, unless too many probes are under way; then its turn
+// is over.
 func (p *prober) begin(ctx context.Context, t *tier, ep *endpoint, spec *gateway.Probe) {
-	addrs := ep.addresses()
-	if len(addrs) == 0 {
+	if len(ep.addresses()) == 0 {
 		return
 	}
 	select {
@@ -129,38 +125,51 @@ func (p *prober) begin(ctx context.Context, t *tier, ep *endpoint, spec *gateway
 	default:
 		return
 	}
-	addr := addrs[p.turns[ep]%len(addrs)]
-	p.turns[ep]++
 	p.wg.Go(func() {
 		defer func() { <-p.slots }()
-		p.probe(ctx, t, ep, addr, spec)
+		p.probe(ctx, t, ep, spec)
 	})
 }
 
-func (p *prober) probe(ctx context.Context, t *tier, ep *endpoint, addr netip.AddrPort, spec *gateway.Probe) {
-	d := net.Dialer{Timeout: spec.Timeout}
-	if d.Timeout <= 0 {
-		d.Timeout = defaultProbeTimeout
+// probe connects to one of an endpoint's addresses, as a client's connection would:
+// those that rest come last, and one that can be connected to is enough.
+func (p *prober) probe(ctx context.Context, t *tier, ep *endpoint, spec *gateway.Probe) {
+	dialer := net.Dialer{Timeout: spec.Timeout}
+	if dialer.Timeout <= 0 {
+		dialer.Timeout = defaultProbeTimeout
 	}
-	c, err := d.DialContext(ctx, "tcp", addr.String())
-	switch {
-	case ctx.Err() != nil:
-		if err == nil {
+	d := dial{f: p.f, start: rand.Uint32()}
+	for n := min(len(ep.addresses()), maxTries); d.tries < n; d.tries++ {
+		place := d.chooseAddress(ep, p.f.now())
+		d.tried[d.tries], d.places[d.tries] = ep, place
+		c, err := dialer.DialContext(ctx, "tcp", d.addr.String())
+		switch {
+		case ctx.Err() != nil:
+			if err == nil {
+				c.Close()
+			}
+			return
+		case err != nil:
+			cause := connectError(err)
+			if ownFault(cause) {
+				return
+			}
+			text := "probe: " + cause.Error()
+			ep.lastError.Store(&text)
+			if d.rest != nil {
+				d.rest.failed(&p.f.cfg, p.f.now())
+			}
+		default:
 			c.Close()
-		}
-	case err != nil:
-		cause := connectError(err)
-		if ownFault(cause) {
+			if d.rest != nil {
+				d.rest.reached()
+			}
+			ep.failures.Store(0)
+			if !ep.silenced.Load() && ep.ejectedUntil.Swap(0) > p.f.now() {
+				p.f.log.Info("endpoint is back, as a probe found", "cluster", t.owner.name, "endpoint", ep.key)
+			}
 			return
 		}
-		text := "probe: " + cause.Error()
-		ep.lastError.Store(&text)
-		p.f.eject(t, ep, p.f.now())
-	default:
-		c.Close()
-		ep.failures.Store(0)
-		if !ep.silenced.Load() && ep.ejectedUntil.Swap(0) > p.f.now() {
-			p.f.log.Info("endpoint is back, as a probe found", "cluster", t.owner.name, "endpoint", ep.key)
-		}
 	}
+	p.f.eject(t, ep, p.f.now())
 }

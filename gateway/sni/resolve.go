@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -30,9 +31,51 @@ const (
 type host struct {
 	name   string // host:port
 	cancel context.CancelFunc
-	addrs  atomic.Pointer[[]netip.AddrPort]
+	addrs  atomic.Pointer[addressSet]
 	err    atomic.Pointer[string] // of the last lookup
 	ready  chan struct{}          // closed when the first lookup is over
+}
+
+// addressSet are the addresses of a host. The slices are immutable.
+type addressSet struct {
+	list []netip.AddrPort
+	rest []*addressRest // of each
+}
+
+// addressRest says for how long an address is tried after the others only, because it
+// could not be connected to: one family without a route is not to slow down every
+// connection.
+type addressRest struct {
+	failures atomic.Int32 // in a row
+	until    atomic.Int64 // on the forwarder's clock
+}
+
+// newAddressSet takes over what is known of addresses from was, which may be nil.
+func newAddressSet(list []netip.AddrPort, was *addressSet) *addressSet {
+	s := &addressSet{list: list, rest: make([]*addressRest, len(list))}
+	for i, a := range list {
+		if was != nil {
+			if j := slices.Index(was.list, a); j >= 0 {
+				s.rest[i] = was.rest[j]
+				continue
+			}
+		}
+		s.rest[i] = &addressRest{}
+	}
+	return s
+}
+
+// failed lets the address rest, as long as an endpoint is ejected for.
+func (r *addressRest) failed(cfg *Config, now int64) {
+	n := min(r.failures.Add(1), 16)
+	r.until.Store(now + int64(min(cfg.EjectBase<<(n-1), cfg.EjectMax)))
+}
+
+func (r *addressRest) reached() {
+	if r.failures.Load() != 0 {
+		r.failures.Store(0)
+		r.until.Store(0)
+	}
 }
 
 // resolver keeps hosts current, one goroutine for each, a bounded number of
@@ -155,8 +198,7 @@ func (r *resolver) once(ctx context.Context, h *host, name string, port uint16) 
 		err = errors.New("no address")
 	}
 	if err == nil {
-		addrs := interleave(ips, port)
-		h.addrs.Store(&addrs)
+		h.addrs.Store(newAddressSet(interleave(ips, port), h.addrs.Load()))
 	}
 	select {
 	case <-h.ready:
