@@ -35,6 +35,8 @@ func FailReason(err error) string {
 		return FailUnreachable
 	case errors.Is(err, syscall.ETIMEDOUT), errors.Is(err, context.DeadlineExceeded), errors.As(err, &timeout) && timeout.Timeout():
 		return FailTimeout
+	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
+		return FailReset // it was there, before the first byte could be sent
 	}
 	return FailOther
 }

@@ -387,6 +387,9 @@ func (d *dial) others(now int64) bool {
 const (
 	replayShare = 5 // one in
 	replayLeast = 3
+	// replayAgain is when one that was not let through asks again: by then those that
+	// were have been answered, if there is anybody who answers.
+	replayAgain = 50 * time.Millisecond
 )
 
 // mayReplay says whether the hello may be sent to another endpoint because this one

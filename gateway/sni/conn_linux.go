@@ -316,6 +316,10 @@ func (l *loop) unanswered(c *conn, cause error) {
 func (l *loop) silent(c *conn) {
 	d := &c.begun.dial
 	if !d.mayReplay(l.now) {
+		if d.others(l.now) { // only there are too many of its kind at the moment
+			l.schedule(c, l.now+int64(replayAgain))
+			return
+		}
 		d.suspect(l.now, errNoAnswer)
 		l.settle(c, false) // nobody else is to be asked: it may still come
 		return

@@ -645,7 +645,12 @@ func (h *half) another() bool {
 	s := p.setup
 	d := &s.dial
 	if silent {
-		if !d.mayReplay(e.f.now()) {
+		now := e.f.now()
+		if !d.mayReplay(now) {
+			if d.others(now) { // only there are too many of its kind at the moment
+				p.answerBy = now + int64(replayAgain)
+				return true
+			}
 			d.suspect(e.f.now(), cause)
 			p.settle(false) // nobody else can be asked: it may still come
 			return true
