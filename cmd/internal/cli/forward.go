@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -39,8 +40,8 @@ func (e *env) forwardCommands() []*command {
 	f := forwarding{}
 	return []*command{{
 		name: "forward", synopsis: "Forward TLS connections by server name, without an agent",
-		help: "Listens, reads the server name that a TLS client asks for, and forwards the\nbytes undecrypted: by a routes file, or by a forwarding table that was saved from\n/v1/agent/proxy/ID/table. SIGHUP reads the file again; one with errors changes\nnothing.\n\n" +
-			"A line of a routes file is \"name host:port\" or \"*.suffix host:port\"; the same\nname on several lines has several endpoints, and # begins a comment.\n\n" +
+		help: "Listens, reads the server name that a TLS client asks for, and forwards the\nbytes undecrypted: by a routes file, or by a forwarding table that was saved from\n/v1/agent/proxy/ID/table, or both. SIGHUP reads the files again; one with errors\nchanges nothing.\n\n" +
+			"A line of a routes file is \"name host:port\" or \"*.suffix host:port\"; the same\nname on several lines has several endpoints, and # begins a comment. With both\nfiles the routes are those of the routes file, and the table says the rest: where it\nhas a cluster of the name host:port (several joined by commas, in order), that is\nused.\n\n" +
 			"With -drain-timeout SIGTERM closes the listeners, lets open connections finish,\nends those that are left then, and stops; a second signal does not wait. SIGINT,\nand SIGTERM without it, stop at once.",
 		flags: func(fs *flag.FlagSet) {
 			f = forwarding{}
@@ -66,9 +67,9 @@ func (e *env) forwardCommands() []*command {
 // check tells what is wrong with the flags.
 func (f *forwarding) check() error {
 	switch {
-	case (f.routes == "") == (f.table == ""):
-		return usage("give either -routes or -table")
-	case f.routes != "" && len(f.listen) == 0:
+	case f.routes == "" && f.table == "":
+		return usage("give -routes or -table")
+	case f.table == "" && len(f.listen) == 0:
 		return usage("-listen says where to listen")
 	case !(f.sample >= 0 && f.sample <= 1):
 		return usage("-access-log %v is not from 0 to 1", f.sample)
@@ -185,9 +186,22 @@ func (f *forwarding) run(c *call) error {
 	}
 }
 
-// read makes a table of the file that the flags name.
+// read makes a table of the files that the flags name.
 func (f *forwarding) read() (*gateway.Table, error) {
-	f.generation++
+	t := sni.StaticTable(f.listen, &sni.Routes{})
+	if f.table != "" {
+		saved, err := f.readTable()
+		if err != nil {
+			return nil, fmt.Errorf("read table %s: %w", f.table, err)
+		}
+		if len(f.listen) > 0 {
+			saved.Listeners = t.Listeners
+		}
+		if len(saved.Listeners) == 0 {
+			return nil, fmt.Errorf("read table %s: it has no listeners; give -listen", f.table)
+		}
+		t = saved
+	}
 	if f.routes != "" {
 		b, err := os.ReadFile(f.routes)
 		if err != nil {
@@ -197,32 +211,42 @@ func (f *forwarding) read() (*gateway.Table, error) {
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", f.routes, err)
 		}
-		t := sni.StaticTable(f.listen, routes)
+		t.Routes = routes.Routes
+		known := make(map[string]bool, len(t.Clusters))
+		for i := range t.Clusters {
+			known[t.Clusters[i].Name] = true
+		}
+		for i := range routes.Clusters {
+			if c := &routes.Clusters[i]; !known[c.Name] {
+				t.Clusters = append(t.Clusters, *c)
+			}
+		}
+		slices.SortFunc(t.Clusters, func(a, b gateway.Cluster) int { return strings.Compare(a.Name, b.Name) })
+		f.generation++
 		t.Index = f.generation
-		return t, nil
 	}
+	if f.table != "" {
+		if err := t.Check(); err != nil {
+			return nil, fmt.Errorf("read table %s: %w", f.table, err)
+		}
+	}
+	return t, nil
+}
+
+func (f *forwarding) readTable() (*gateway.Table, error) {
 	b, err := os.ReadFile(f.table)
 	if err != nil {
-		return nil, fmt.Errorf("read table: %w", err)
+		return nil, err
 	}
 	t := new(gateway.Table)
 	if err := json.Unmarshal(b, t); err != nil {
-		return nil, fmt.Errorf("read table %s: %w", f.table, err)
+		return nil, err
 	}
 	if t.Kind != catalog.KindMeshGateway {
 		return nil, hinted{
-			fmt.Errorf("read table %s: it is of a proxy of kind %q, and only a mesh gateway's forwards by server name", f.table, t.Kind),
+			fmt.Errorf("it is of a proxy of kind %q, and only a mesh gateway's forwards by server name", t.Kind),
 			"a saved table has no private key: `sluice connect proxy` runs a sidecar",
 		}
-	}
-	if len(f.listen) > 0 {
-		t.Listeners = sni.StaticTable(f.listen, &sni.Routes{}).Listeners
-	}
-	if err := t.Check(); err != nil {
-		return nil, fmt.Errorf("read table %s: %w", f.table, err)
-	}
-	if len(t.Listeners) == 0 {
-		return nil, fmt.Errorf("read table %s: it has no listeners; give -listen", f.table)
 	}
 	t.Index = max(t.Index, 1) // none has been applied where it is 0
 	return t, nil
