@@ -30,6 +30,13 @@ type bench struct {
 	backend *process
 	exe     string
 	quick   bool // leaves out contenders, too
+	began   time.Time
+}
+
+// say tells how far the run is.
+func (b *bench) say(format string, args ...any) {
+	took := time.Since(b.began).Round(time.Second)
+	fmt.Printf("%3d:%02d  %s\n", took/time.Minute, took%time.Minute/time.Second, fmt.Sprintf(format, args...))
 }
 
 // sizes of a run.
@@ -61,6 +68,7 @@ type stage struct {
 	pinned  bool
 	fresh   bool // processes are started for each measurement
 	ours    bool // only the forwarder of this repository, with each of its engines
+	twin    bool // another process of the same contender is beside it
 	inside  bool // the load runs the forwarder in its own process
 	skip    []string
 	tests   []stageTest
@@ -88,7 +96,7 @@ func stages(s sizes, cpus int) []stage {
 			{name: "rr64", args: play("-c", "64")},
 			{name: "rr1", few: true, full: true, args: play("-c", "1")},
 		}},
-		{name: "tls", about: "mutual TLS handshakes", routes: smallRoutes, workers: cpus, tests: []stageTest{
+		{name: "tls", about: "mutual TLS handshakes", routes: smallRoutes, workers: cpus, skip: []string{oursPlain}, tests: []stageTest{
 			{name: "tls", few: true, args: []string{"handshake", "-n", strconv.Itoa(s.shakes)}},
 		}},
 		{name: "bulk", about: "gigabytes", routes: smallRoutes, workers: cpus, tests: []stageTest{
@@ -101,13 +109,17 @@ func stages(s sizes, cpus int) []stage {
 			{name: "idle", few: true, args: []string{"idle", "-c", strconv.Itoa(s.idle), "-hold", s.hold.String()}},
 		}},
 		// HAProxy's splicing has nothing to do with routes.
-		{name: "big", about: "100,000 routes", routes: bigRoutes, workers: cpus, fresh: true, skip: []string{"haproxy-splice", direct}, tests: []stageTest{
-			{name: "connbig", few: true, args: append(conn, "-routes", strconv.Itoa(bigRoutes))},
+		{name: "big", about: "100,000 routes", routes: bigRoutes, workers: cpus, fresh: true, skip: []string{"haproxy-splice", oursPlain, direct}, tests: []stageTest{
+			// Who searches the routes one by one would take half a minute.
+			{name: "connbig", few: true, args: append(conn, "-routes", strconv.Itoa(bigRoutes), "-most", "5s")},
 		}},
-		{name: "pin", about: "the forwarder on one core, the load on another", routes: smallRoutes, workers: 1, pinned: true, skip: []string{"sniproxy"}, tests: []stageTest{
+		{name: "pin", about: "the forwarder on one core, the load on another", routes: smallRoutes, workers: 1, pinned: true, skip: []string{"sniproxy", oursPlain}, tests: []stageTest{
 			{name: "connpin", few: true, full: true, args: conn},
 			{name: "rr64pin", few: true, full: true, args: play("-c", "64")},
 			{name: "downpin", few: true, full: true, args: bulk("down", s.gb)},
+		}},
+		{name: "checks", about: "correctness", routes: smallRoutes, workers: cpus, fresh: true, ours: true, tests: []stageTest{
+			{name: "checks", once: true, args: []string{"checks", "-timeout", "85s"}},
 		}},
 		{name: "many", about: "9,000 open connections", routes: smallRoutes, workers: cpus, fresh: true, ours: true, tests: []stageTest{
 			{name: "many", once: true, args: []string{"idle", "-c", strconv.Itoa(manyConns), "-hold", s.hold.String()}},
@@ -117,6 +129,9 @@ func stages(s sizes, cpus int) []stage {
 		}},
 		{name: "flood", about: "hellos that are not completed", routes: smallRoutes, workers: cpus, fresh: true, ours: true, tests: []stageTest{
 			{name: "flood", once: true, args: []string{"flood", "-half", strconv.Itoa(s.half), "-pairs", strconv.Itoa(s.pairs), "-timeout", "85s"}},
+		}},
+		{name: "drain", about: "a drain under load", routes: smallRoutes, workers: cpus, fresh: true, ours: true, twin: true, tests: []stageTest{
+			{name: "drain", once: true, args: []string{"draining"}},
 		}},
 		{name: "faults", about: "endpoints that fail", ours: true, inside: true, tests: []stageTest{
 			{name: "faults", once: true, args: []string{"faults"}},
@@ -132,7 +147,7 @@ func runBench(ctx context.Context, fs *flag.FlagSet, args []string) error {
 	dir := fs.String("dir", "bin/bench", "working `directory`")
 	quick := fs.Bool("quick", false, "fewer and shorter rounds: for a look, not for the record")
 	only := fs.String("only", "", "contenders, comma-separated; default is all that are installed")
-	which := fs.String("stages", "", "stages, comma-separated: conn, tls, bulk, idle, big, pin, many, churn, flood, faults, torture; default is all")
+	which := fs.String("stages", "", "stages, comma-separated: conn, tls, bulk, idle, big, pin, checks, many, churn, flood, drain, faults, torture; default is all")
 	goBench := fs.String("go-bench", "", "`file` with output of go test -bench, for the report")
 	report := fs.String("o", "", "`file` for the report; without, it is printed only")
 	var extra extras
@@ -146,7 +161,7 @@ func runBench(ctx context.Context, fs *flag.FlagSet, args []string) error {
 	if err := checkSchedstat(); err != nil {
 		return err
 	}
-	b := &bench{sizes: fullSizes}
+	b := &bench{sizes: fullSizes, began: time.Now()}
 	if *quick {
 		b.sizes = quickSizes
 	}
@@ -188,11 +203,12 @@ func runBench(ctx context.Context, fs *flag.FlagSet, args []string) error {
 		if len(s.tests) == 0 || len(want) > 0 && !slices.Contains(want, s.name) || s.pinned && runtime.NumCPU() < 2 {
 			continue
 		}
-		fmt.Printf("\n%s: %s\n", s.name, s.about)
+		b.say("%s: %s", s.name, s.about)
 		if err := b.stage(ctx, s); err != nil {
 			return err
 		}
 	}
+	b.say("done")
 	var goOut []byte
 	if *goBench != "" {
 		if goOut, err = os.ReadFile(*goBench); err != nil {
@@ -246,6 +262,15 @@ func (b *bench) stage(ctx context.Context, s stage) error {
 		if err != nil {
 			return nil, err
 		}
+		if s.twin {
+			other := c
+			other.name += "-twin"
+			set.Port += twinPorts
+			if p.twin, err = start(ctx, other, set); err != nil {
+				p.stop()
+				return nil, err
+			}
+		}
 		settle(ctx, 200*time.Millisecond)
 		if s.pinned {
 			pin(processTree(p.pid()), 0)
@@ -285,7 +310,7 @@ func (b *bench) stage(ctx context.Context, s stage) error {
 			if ctx.Err() != nil {
 				return err
 			}
-			fmt.Printf("  left out: %v\n", err)
+			b.say("  left out: %v", err)
 			continue
 		}
 		list = append(list, p)
@@ -302,6 +327,7 @@ func (b *bench) stage(ctx context.Context, s stage) error {
 			rounds = 1
 		}
 		for round := range rounds {
+			b.say("  %s, round %d of %d", t.name, round+1, rounds)
 			for i := range list {
 				// Who comes first has no advantage for ever.
 				k := (i + round) % len(list)
@@ -338,6 +364,8 @@ func (b *bench) measure(ctx context.Context, p *process, t stageTest, round int)
 	switch t.args[0] {
 	case "churn":
 		args = append(args, "-file", p.routesPath)
+	case "draining":
+		args = append(args, "-second", p.twin.addr.String())
 	case "faults":
 		args = append(args, "-engine", p.engine)
 	}
@@ -350,19 +378,33 @@ func (b *bench) measure(ctx context.Context, p *process, t stageTest, round int)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL}
+	asked := p.status
+	switch {
+	case p.twin != nil:
+		asked = p.twin.status // the other one goes away
+	case t.args[0] == "idle":
+		asked = "" // the garbage of the answers would be taken for memory of connections
+	}
+	scraped := startScraping(ctx, asked)
 	out, err := cmd.Output()
+	unanswered, scrapeErr := scraped()
 	s := sample{Test: t.name, Contender: p.name, Round: round}
 	var o outcome
 	if err == nil {
 		err = json.Unmarshal(out, &o)
 	}
+	if unanswered > 0 {
+		// What does not answer is not on, and the row would not be what it says.
+		o.Failed += unanswered
+		o.Problems = append(o.Problems, scrapeErr.Error())
+	}
 	if err != nil {
 		s.Failed = 1
-		fmt.Printf("  %s %s: %v %s\n", t.name, p.name, err, lastLine(stderr.String()))
+		b.say("  %s %s: %v %s", t.name, p.name, err, lastLine(stderr.String()))
 	} else {
 		s.Failed, s.Metrics = o.Failed, o.Metrics
 		if o.Failed > 0 {
-			fmt.Printf("  %s %s: %d failed: %s\n", t.name, p.name, o.Failed, strings.Join(o.Problems, "; "))
+			b.say("  %s %s: %d failed: %s", t.name, p.name, o.Failed, strings.Join(o.Problems, "; "))
 		}
 	}
 	b.results.add(s)

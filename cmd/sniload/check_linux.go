@@ -7,6 +7,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -48,19 +49,11 @@ func runCheck(ctx context.Context, fs *flag.FlagSet, args []string) (err error) 
 		return err
 	}
 	defer backend.stop()
-	server := newTLSServer(certs)
-	ln, err := net.Listen("tcp", tlsAddr.String())
+	stop, err := serveTLS(certs)
 	if err != nil {
-		return fmt.Errorf("serve TLS: %w", err)
+		return err
 	}
-	served := make(chan error, 1)
-	go func() { served <- server.Serve(tls.NewListener(ln, server.TLSConfig)) }()
-	defer func() {
-		server.Close()
-		if e := <-served; !errors.Is(e, http.ErrServerClosed) {
-			err = errors.Join(err, e)
-		}
-	}()
+	defer func() { err = errors.Join(err, stop()) }()
 
 	names := split(*only)
 	var list []contender
@@ -79,12 +72,12 @@ func runCheck(ctx context.Context, fs *flag.FlagSet, args []string) (err error) 
 		if err != nil {
 			return err
 		}
-		n, err := checkProcess(ctx, p, certs, run)
+		out, err := checkProcess(ctx, p.addr.String(), p.pid(), certs, run, os.Stdout)
 		p.stop()
 		if err != nil {
 			return err
 		}
-		failed += n
+		failed += out.Failed
 	}
 	if failed > 0 {
 		return fmt.Errorf("%d checks failed", failed)
@@ -92,44 +85,101 @@ func runCheck(ctx context.Context, fs *flag.FlagSet, args []string) (err error) 
 	return nil
 }
 
-// checkProcess runs the checks and returns how many failed.
-func checkProcess(ctx context.Context, p *process, certs *pki, dir string) (failed int, err error) {
-	k, err := newChecker(p.addr.String(), certs)
+// serveTLS serves what the routes of the benchmark have under the one name that
+// speaks TLS.
+func serveTLS(certs *pki) (stop func() error, err error) {
+	server := newTLSServer(certs)
+	ln, err := net.Listen("tcp", tlsAddr.String())
 	if err != nil {
-		return 0, err
+		return nil, fmt.Errorf("serve TLS: %w", err)
 	}
-	before := sockets(processTree(p.pid()))
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(tls.NewListener(ln, server.TLSConfig)) }()
+	return func() error {
+		server.Close()
+		if err := <-served; !errors.Is(err, http.ErrServerClosed) {
+			return err
+		}
+		return nil
+	}, nil
+}
+
+// checkProcess runs the checks on the forwarder at an address, and writes a line on
+// each.
+func checkProcess(ctx context.Context, addr string, pid int, certs *pki, dir string, w io.Writer) (out outcome, err error) {
+	k, err := newChecker(addr, certs)
+	if err != nil {
+		return out, err
+	}
+	began, done := time.Now(), 0
+	tell := func(name string, took time.Duration, err error) {
+		text := "ok"
+		if err != nil {
+			text = "FAILED: " + err.Error()
+			out.fail(fmt.Errorf("%s: %w", name, err))
+		}
+		done++
+		fmt.Fprintf(w, "  %-46s %6.0f ms  %s\n", name, float64(took.Microseconds())/1e3, text)
+	}
+	before := sockets(processTree(pid))
 	for _, c := range append(checks[:len(checks):len(checks)], programs(dir)...) {
 		limited, cancel := context.WithTimeout(ctx, 20*time.Second)
 		began := time.Now()
 		err := c.run(k, limited)
 		cancel()
-		text := "ok"
-		switch {
-		case errors.Is(err, exec.ErrNotFound):
-			text = "skipped: " + err.Error()
-		case err != nil:
-			text = "FAILED: " + err.Error()
-			failed++
+		if errors.Is(err, exec.ErrNotFound) {
+			fmt.Fprintf(w, "  %-46s skipped: %v\n", c.name, err)
+			continue
 		}
-		fmt.Printf("  %-46s %6.0f ms  %s\n", c.name, float64(time.Since(began).Microseconds())/1e3, text)
+		tell(c.name, time.Since(began), err)
 	}
 	// Whatever is pooled, no socket is.
-	began := time.Now()
+	since := time.Now()
 	var after int
 	for {
-		if after = sockets(processTree(p.pid())); after <= before || time.Since(began) > 5*time.Second || ctx.Err() != nil {
+		if after = sockets(processTree(pid)); after <= before || time.Since(since) > 5*time.Second || ctx.Err() != nil {
 			break
 		}
 		settle(ctx, 20*time.Millisecond)
 	}
-	text := "ok"
 	if after > before {
-		text = fmt.Sprintf("FAILED: %d before, %d after", before, after)
-		failed++
+		err = fmt.Errorf("%d before, %d after", before, after)
 	}
-	fmt.Printf("  %-46s %6.0f ms  %s\n", "no socket is left open", float64(time.Since(began).Microseconds())/1e3, text)
-	return failed, nil
+	tell("no socket is left open", time.Since(since), err)
+	out.Metrics = map[string]float64{"checks": float64(done), "took": time.Since(began).Seconds()}
+	return out, nil
+}
+
+// runChecks runs them on a forwarder that has the routes of the benchmark.
+func runChecks(ctx context.Context, fs *flag.FlagSet, args []string) (err error) {
+	l := newLoad(fs, 1)
+	ctx, cancel, err := l.prepare(ctx, fs, args)
+	if err != nil {
+		return err
+	}
+	defer cancel()
+	dir, err := os.MkdirTemp("", "sniload")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	certs, err := newPKI()
+	if err != nil {
+		return err
+	}
+	if err := certs.write(dir); err != nil {
+		return err
+	}
+	stop, err := serveTLS(certs)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, stop()) }()
+	out, err := checkProcess(ctx, l.target, l.proxy, certs, dir, os.Stderr)
+	if err != nil {
+		return err
+	}
+	return out.print()
 }
 
 // programs checks with clients that others wrote, where they are installed.

@@ -7,9 +7,11 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
+	"github.com/sluicemesh/sluice/gateway"
 	"github.com/sluicemesh/sluice/gateway/sni"
 )
 
@@ -62,6 +64,74 @@ func TestChecksFail(t *testing.T) {
 			t.Errorf("%s: %v", c.name, err)
 		}
 		cancel()
+	}
+}
+
+// TestFeatured runs some of the checks with every feature on, and wants the features
+// to be there.
+func TestFeatured(t *testing.T) {
+	certs, err := newPKI()
+	if err != nil {
+		t.Fatal(err)
+	}
+	one, secure := startServers(t, certs)
+	two, _ := startServers(t, certs)
+	three, _ := startServers(t, certs)
+	four, _ := startServers(t, certs)
+	table, err := featured("127.0.0.1:0", routesFile(newRoutes(64, []netip.AddrPort{one, two, three, four}, secure)), secure.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range table.Clusters {
+		if n := len(c.Endpoints); n != 4 && c.Name != secure.String() || n != 1 && c.Name == secure.String() {
+			t.Errorf("cluster %s has %d endpoints", c.Name, n)
+		}
+	}
+	for _, engine := range engines {
+		t.Run(engine, func(t *testing.T) {
+			r, err := runForwarder(t.Context(), sni.Config{Engine: engine, Workers: 2}, table)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() {
+				if err := r.stop(); err != nil {
+					t.Error(err)
+				}
+			}()
+			k, err := newChecker(r.addr, certs)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, c := range checks {
+				switch c.name {
+				case "64 MiB come back as they were", "a slow reader holds the sender back":
+					continue // they take long, and no feature has to do with them
+				case "a reset client is gone at the server":
+					continue // which of the backends has it is a matter of luck
+				}
+				ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+				if err := c.run(k, ctx); err != nil {
+					t.Errorf("%s: %v", c.name, err)
+				}
+				cancel()
+			}
+			st := r.fw.Status()
+			if st.LastError != "" || st.Listeners[0].Error != "" {
+				t.Errorf("a feature cannot be had: %+v", st)
+			}
+			if n := st.Listeners[0].Refused[gateway.RefuseLimit]; n > 0 {
+				t.Errorf("%d connections were beyond a limit", n)
+			}
+			for _, c := range st.Clusters {
+				var used []uint64
+				for _, e := range c.Endpoints {
+					used = append(used, e.Connected)
+				}
+				if slices.Sort(used); c.Connected > 50 && (used[2] == 0 || used[1] > 0) {
+					t.Errorf("cluster %s: of its endpoints two are near, and share the connections: %v", c.Name, used)
+				}
+			}
+		})
 	}
 }
 

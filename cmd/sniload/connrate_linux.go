@@ -32,19 +32,20 @@ type connRate struct {
 func runConnRate(ctx context.Context, fs *flag.FlagSet, args []string) error {
 	r := &connRate{load: newLoad(fs, 32), byFD: map[int]*attempt{}}
 	n := fs.Int("n", 20000, "connections")
+	most := fs.Duration("most", 0, "`time` after which no more are opened; 0 is none")
 	ctx, cancel, err := r.prepare(ctx, fs, args)
 	if err != nil {
 		return err
 	}
 	defer cancel()
 	runtime.GOMAXPROCS(1)
-	if err := r.open(ctx, min(500, *n)); err != nil { // warms up
+	if err := r.open(ctx, min(500, *n), *most/5); err != nil { // warms up
 		return err
 	}
 	settle(ctx, 200*time.Millisecond)
 	r.out, r.lat, r.started = outcome{}, make([]time.Duration, 0, *n), 0
 	r.begin()
-	if err := r.open(ctx, *n); err != nil {
+	if err := r.open(ctx, *n, *most); err != nil {
 		return err
 	}
 	wall := time.Since(r.began)
@@ -54,10 +55,14 @@ func runConnRate(ctx context.Context, fs *flag.FlagSet, args []string) error {
 	return r.out.print()
 }
 
-// open makes n connections.
-func (r *connRate) open(ctx context.Context, n int) error {
+// open makes n connections, or as many as can be begun in a time that is not 0.
+func (r *connRate) open(ctx context.Context, n int, most time.Duration) error {
 	r.lat = r.lat[:0]
+	began := time.Now()
 	for len(r.lat)+r.out.Failed < n {
+		if most > 0 && time.Since(began) > most {
+			n = r.started
+		}
 		for r.started < n && len(r.byFD) < r.conns {
 			r.start()
 		}

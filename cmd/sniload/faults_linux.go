@@ -10,7 +10,6 @@ import (
 	"os"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -22,24 +21,25 @@ import (
 // faults checks what comes of endpoints that fail. It runs the forwarder in this
 // process, since it asks for its status.
 //
-// A forwarder that does not decrypt can try another endpoint only as long as it
-// connects: once an endpoint was sent the hello, it may have acted on it. So what
-// is refused or not answered at that time must not be seen by anybody, and what is
-// cut or stalls later must be seen at once, and told from the rest in the counters.
-// It does not take the endpoint out of use: neither does a probe, which connects.
+// As long as an endpoint has not answered, a forwarder can send the hello to another:
+// so whatever one of two does before its first byte must be seen by nobody but the
+// operator, to whom the counters tell which it is, and why. One that fails so again
+// and again is passed over.
 type faults struct {
 	*checker
 	fw    *sni.Forwarder
 	good  netip.AddrPort
 	table *gateway.Table
 
-	calls, cut, cutOf, stalled, stalledOf int
+	calls, cut, stalled int
+	longest             time.Duration     // of the calls that one of two answered
+	causes              map[string]uint64 // of failures of endpoints, by what the status calls them
 }
 
 // The times of the forwarder under test.
 const (
 	faultConnect = 200 * time.Millisecond
-	faultIdle    = 600 * time.Millisecond
+	faultAnswer  = 250 * time.Millisecond
 	faultProbe   = 100 * time.Millisecond
 )
 
@@ -51,8 +51,11 @@ var faultCases = []struct {
 	{"no answer to connecting", (*faults).blackHole},
 	{"all of them", (*faults).allBad},
 	{"gone, and back", (*faults).goneAndBack},
-	{"reset after accepting", (*faults).resets},
-	{"accepted, and stalls", (*faults).stalls},
+	{"resets what it accepts", (*faults).resets},
+	{"resets what it has read", (*faults).readsAndResets},
+	{"closes what it has read", (*faults).closes},
+	{"accepts, and stalls", (*faults).stalls},
+	{"all of them reset", (*faults).allReset},
 }
 
 // running is a forwarder in this process.
@@ -326,22 +329,16 @@ func (f *faults) goneAndBack(ctx context.Context) error {
 	return nil
 }
 
-// resets is an endpoint that cuts what it has accepted. The hello is with it by
-// then, so the client has to call again; the endpoint is not ejected, since
-// connecting to it goes well. With the policy of least connections it has more than
-// its share, since it never holds any.
-func (f *faults) resets(ctx context.Context) error {
+// unwilling is one of two endpoints that does not answer what it has accepted: no
+// call may notice, and the status must tell the reason.
+func (f *faults) unwilling(ctx context.Context, name, reason, text string, serve func(c *net.TCPConn)) error {
 	ln, err := new(net.ListenConfig).Listen(ctx, "tcp", "127.0.0.1:0")
 	if err != nil {
 		return err
 	}
 	bad := netip.MustParseAddrPort(ln.Addr().String())
-	stop := accepting(ln, func(c *net.TCPConn) {
-		_ = c.SetLinger(0)
-		_ = c.Close()
-	})
+	stop := accepting(ln, serve)
 	defer stop()
-	const name = "reset.bench.test"
 	hello, err := f.route(ctx, name, nil, f.good, bad)
 	if err != nil {
 		return err
@@ -357,24 +354,66 @@ func (f *faults) resets(ctx context.Context) error {
 		if !ok {
 			cut++
 		}
+		f.longest = max(f.longest, took)
 	}
-	f.cut, f.cutOf = f.cut+cut, f.cutOf+calls
-	if cut > calls*19/20 { // least connections favours who has none: 3 in 4, at worst
-		return fmt.Errorf("%d of %d calls were cut: the endpoint that fails has nearly all", cut, calls)
+	if f.cut += cut; cut > 0 {
+		return fmt.Errorf("%d of %d calls were cut", cut, calls)
 	}
-	return f.until(ctx, "the counters tell", func() bool {
+	return f.told(ctx, name, bad, reason, text, calls, before)
+}
+
+// told waits until the status tells that all calls have gone to the good endpoint, and
+// of the bad one how often it failed, why, and that it is passed over.
+func (f *faults) told(ctx context.Context, name string, bad netip.AddrPort, reason, text string, calls uint64, before gateway.ListenerStatus) error {
+	return f.until(ctx, "the counters tell "+reason, func() bool {
+		c, e := f.endpoint(name, bad)
 		_, good := f.endpoint(name, f.good)
-		_, e := f.endpoint(name, bad)
 		now := f.counts()
-		return good.Connected == uint64(calls-cut) && e.Connected == uint64(cut) &&
-			now.Closed[gateway.CloseReset]-before.Closed[gateway.CloseReset] == uint64(cut) &&
-			now.RefusedTotal == before.RefusedTotal
+		return good.Connected == calls && good.Failed == 0 && e.Connected == 0 && e.Active == 0 &&
+			e.Failed >= 3 && e.Failures[reason] == e.Failed && strings.Contains(e.LastError, text) && !e.EjectedUntil.IsZero() &&
+			c.Failed == 0 && c.Retries == e.Failed && now.RefusedTotal == before.RefusedTotal && now.Active == 0
 	})
 }
 
-// stalls is an endpoint of which the kernel accepts and nobody reads. What it has
-// stays with it until the listener's idle timeout ends it; what it holds makes it
-// the more loaded one, so that others are preferred.
+// resetNow ends a connection by a reset.
+func resetNow(c *net.TCPConn) {
+	_ = c.SetLinger(0)
+	_ = c.Close()
+}
+
+// readHello reads until the hello is complete.
+func readHello(c *net.TCPConn) {
+	_ = c.SetDeadline(time.Now().Add(5 * time.Second))
+	b := make([]byte, 64<<10)
+	for n := 0; helloLen(b[:n]) == 0; {
+		k, err := c.Read(b[n:])
+		if n += k; err != nil {
+			return
+		}
+	}
+}
+
+func (f *faults) resets(ctx context.Context) error {
+	return f.unwilling(ctx, "reset.bench.test", gateway.FailReset, "reset", resetNow)
+}
+
+func (f *faults) readsAndResets(ctx context.Context) error {
+	return f.unwilling(ctx, "late.bench.test", gateway.FailReset, "reset", func(c *net.TCPConn) {
+		readHello(c)
+		resetNow(c)
+	})
+}
+
+func (f *faults) closes(ctx context.Context) error {
+	return f.unwilling(ctx, "closed.bench.test", gateway.FailClosed, "closed", func(c *net.TCPConn) {
+		readHello(c)
+		_ = c.Close()
+	})
+}
+
+// stalls is one of two endpoints of which the kernel accepts and nobody reads, under
+// many calls at once. How many of those may be with another endpoint at a time is
+// bounded, so that some wait longer than an endpoint has for its answer.
 func (f *faults) stalls(ctx context.Context) error {
 	ln, err := new(net.ListenConfig).Listen(ctx, "tcp", "127.0.0.1:0")
 	if err != nil {
@@ -390,44 +429,68 @@ func (f *faults) stalls(ctx context.Context) error {
 	before := f.counts()
 	const calls = 60
 	var (
-		wg            sync.WaitGroup
-		good, stalled atomic.Int64
-		problem       atomic.Pointer[error]
+		wg      sync.WaitGroup
+		mu      sync.Mutex // guards f.stalled, f.longest and problem
+		problem error
 	)
 	for range calls {
 		wg.Go(func() {
-			limited, cancel := context.WithTimeout(ctx, faultIdle+slack)
+			limited, cancel := context.WithTimeout(ctx, answerLimit)
 			defer cancel()
+			began := time.Now()
 			ok, err := f.answered(limited, hello)
-			switch {
-			case err != nil:
-				problem.Store(&err)
-			case ok:
-				good.Add(1)
-			default:
-				stalled.Add(1)
+			mu.Lock()
+			defer mu.Unlock()
+			if f.longest = max(f.longest, time.Since(began)); !ok || err != nil {
+				f.stalled++
+				problem = err
 			}
 		})
 	}
-	if err := f.until(ctx, "the status shows who holds connections", func() bool {
-		_, e := f.endpoint(name, bad)
-		return e.Active > 0
-	}); err != nil {
+	wg.Wait()
+	if f.calls += calls; f.stalled > 0 {
+		return fmt.Errorf("%d of %d calls stalled: %w", f.stalled, calls, problem)
+	}
+	return f.told(ctx, name, bad, gateway.FailNoAnswer, "no answer", calls, before)
+}
+
+// allReset leaves nothing to try: the client is cut, and the refusal names what was
+// tried last, and what that did.
+func (f *faults) allReset(ctx context.Context) error {
+	const name = "resets.bench.test"
+	var both []netip.AddrPort
+	for range 2 {
+		ln, err := new(net.ListenConfig).Listen(ctx, "tcp", "127.0.0.1:0")
+		if err != nil {
+			return err
+		}
+		stop := accepting(ln, func(c *net.TCPConn) {
+			readHello(c)
+			resetNow(c)
+		})
+		defer stop()
+		both = append(both, netip.MustParseAddrPort(ln.Addr().String()))
+	}
+	hello, err := f.route(ctx, name, nil, both...)
+	if err != nil {
 		return err
 	}
-	wg.Wait()
-	f.calls += calls
-	if e := problem.Load(); e != nil {
-		return fmt.Errorf("a call was not ended: %w", *e)
+	before := f.counts()
+	ok, took, err := f.call(ctx, hello)
+	if ok || err != nil || took > slack {
+		return fmt.Errorf("answered %t after %s, %w", ok, took, err)
 	}
-	f.stalled, f.stalledOf = f.stalled+int(stalled.Load()), f.stalledOf+calls
-	if good.Load() == 0 || stalled.Load() > calls*19/20 {
-		return fmt.Errorf("%d of %d calls stalled: the endpoint that fails has nearly all", stalled.Load(), calls)
-	}
-	return f.until(ctx, "the counters tell", func() bool {
-		_, e := f.endpoint(name, bad)
-		return e.Connected == uint64(stalled.Load()) && e.Active == 0 &&
-			f.counts().Closed[gateway.CloseIdle]-before.Closed[gateway.CloseIdle] == uint64(stalled.Load())
+	return f.until(ctx, "the refusal tells", func() bool {
+		st := f.fw.Status()
+		if st.Listeners[0].Refused[gateway.RefuseNoAnswer] != before.Refused[gateway.RefuseNoAnswer]+1 || len(st.Refused) == 0 {
+			return false
+		}
+		r := st.Refused[0]
+		c, a := f.endpoint(name, both[0])
+		_, b := f.endpoint(name, both[1])
+		return r.Reason == gateway.RefuseNoAnswer && r.ServerName == name && strings.Contains(r.Detail, name) &&
+			(strings.Contains(r.Detail, both[0].String()) || strings.Contains(r.Detail, both[1].String())) &&
+			c.Failed == 1 && a.Failures[gateway.FailReset] == 1 && b.Failures[gateway.FailReset] == 1
 	})
 }
 
@@ -492,18 +555,8 @@ func accepting(ln net.Listener, fn func(c *net.TCPConn)) (stop func()) {
 func serveHellos(ln net.Listener) (stop func()) {
 	return accepting(ln, func(c *net.TCPConn) {
 		defer c.Close()
-		_ = c.SetDeadline(time.Now().Add(5 * time.Second))
-		b := make([]byte, 64<<10)
-		for n := 0; ; {
-			k, err := c.Read(b[n:])
-			if n += k; helloLen(b[:n]) > 0 {
-				_, _ = c.Write([]byte("H"))
-				return
-			}
-			if err != nil {
-				return
-			}
-		}
+		readHello(c)
+		_, _ = c.Write([]byte("H"))
 	})
 }
 
@@ -514,14 +567,21 @@ func newFaults(ctx context.Context, engine string) (f *faults, stop func() error
 		return nil, nil, err
 	}
 	table := sni.StaticTable([]string{"127.0.0.1:0"}, &sni.Routes{})
-	table.Listeners[0].IdleTimeout = faultIdle
-	r, err := runForwarder(ctx, sni.Config{Engine: engine, Workers: 2, EjectBase: time.Minute}, table)
+	r, err := runForwarder(ctx, sni.Config{Engine: engine, Workers: 2, AnswerTimeout: faultAnswer, EjectBase: time.Minute}, table)
 	if err != nil {
 		stopBackend()
 		return nil, nil, err
 	}
-	return &faults{checker: &checker{target: r.addr}, fw: r.fw, good: good, table: table}, func() error {
+	f = &faults{checker: &checker{target: r.addr}, fw: r.fw, good: good, table: table, causes: map[string]uint64{}}
+	return f, func() error {
 		defer stopBackend()
+		for _, c := range r.fw.Status().Clusters {
+			for _, e := range c.Endpoints {
+				for cause, n := range e.Failures {
+					f.causes[cause] += n
+				}
+			}
+		}
 		return r.stop()
 	}, nil
 }
@@ -535,8 +595,7 @@ func runFaults(ctx context.Context, fs *flag.FlagSet, args []string) (err error)
 	}
 	defer cancel()
 	var all outcome
-	all.Metrics = map[string]float64{}
-	var calls, cut, cutOf, stalled, stalledOf int
+	sum := faults{causes: map[string]uint64{}}
 	for _, c := range faultCases {
 		err := func() error {
 			f, stop, err := newFaults(ctx, *engine)
@@ -544,17 +603,22 @@ func runFaults(ctx context.Context, fs *flag.FlagSet, args []string) (err error)
 				return err
 			}
 			err = errors.Join(c.run(f, ctx), stop())
-			calls += f.calls
-			cut, cutOf, stalled, stalledOf = cut+f.cut, cutOf+f.cutOf, stalled+f.stalled, stalledOf+f.stalledOf
+			sum.calls, sum.cut, sum.stalled, sum.longest = sum.calls+f.calls, sum.cut+f.cut, sum.stalled+f.stalled, max(sum.longest, f.longest)
+			for cause, n := range f.causes {
+				sum.causes[cause] += n
+			}
 			return err
 		}()
 		if err != nil {
 			all.fail(fmt.Errorf("%s: %w", c.name, err))
 		}
 	}
-	all.Metrics["cases"], all.Metrics["calls"] = float64(len(faultCases)), float64(calls)
-	if cutOf > 0 && stalledOf > 0 {
-		all.Metrics["cut"], all.Metrics["stalled"] = float64(cut)/float64(cutOf), float64(stalled)/float64(stalledOf)
+	all.Metrics = map[string]float64{
+		"cases": float64(len(faultCases)), "calls": float64(sum.calls), "cut": float64(sum.cut), "stalled": float64(sum.stalled),
+		"longest": sum.longest.Seconds(),
+	}
+	for _, cause := range []string{gateway.FailRefused, gateway.FailTimeout, gateway.FailReset, gateway.FailClosed, gateway.FailNoAnswer} {
+		all.Metrics[cause] = float64(sum.causes[cause])
 	}
 	return all.print()
 }

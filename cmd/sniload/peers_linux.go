@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"strconv"
 	"strings"
 	"text/template"
 
@@ -23,9 +24,10 @@ import (
 var peerFiles embed.FS
 
 // contender is a forwarder under test. In its command {port}, {routes} (a file as
-// `sluice forward` reads it), {workers} and {config} (a file made of the template
-// of its name in peers/) are filled in. One without a command is the backend
-// itself: no forwarder at all.
+// `sluice forward` reads it), {table} (a file with every feature on, for beside it),
+// {status} (a port to tell of itself on), {workers} and {config} (a file made of the
+// template of its name in peers/) are filled in. One without a command is the backend itself: no
+// forwarder at all.
 type contender struct {
 	name    string
 	command []string
@@ -41,8 +43,10 @@ type contender struct {
 // contenders lists what there is to compare: ours, the peers, and nothing.
 func contenders(sluice, dir string) []contender {
 	forward := func(engine string) []string {
-		return []string{sluice, "forward", "-listen", "127.0.0.1:{port}", "-routes", "{routes}", "-engine", engine}
+		return []string{sluice, "forward", "-table", "{table}", "-routes", "{routes}", "-engine", engine, "-access-log", "0.01",
+			"-metrics", "127.0.0.1:{status}", "-drain-timeout", drainTimeout.String(), "-drain-rate", strconv.Itoa(drainRate)}
 	}
+	plain := []string{sluice, "forward", "-listen", "127.0.0.1:{port}", "-routes", "{routes}"}
 	envoy := filepath.Join(dir, "envoy", "envoy", "_bin", "envoy")
 	haproxy := []string{"haproxy", "-db", "-f", "{config}"}
 	return []contender{
@@ -54,6 +58,7 @@ func contenders(sluice, dir string) []contender {
 			config: "envoy.yaml", version: []string{envoy, "--version"}},
 		{name: ours, command: forward(sni.EngineAuto), engine: sni.EngineAuto, version: []string{sluice, "version"}},
 		{name: oursPortable, command: forward(sni.EngineNetpoll), engine: sni.EngineNetpoll, full: true},
+		{name: oursPlain, command: plain, full: true},
 		{name: direct},
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -27,8 +28,18 @@ type process struct {
 	took    time.Duration // from its start until it accepted
 	logPath string
 
-	routesPath string
+	routesPath, tablePath string
+	status                string // ip:port where it tells of itself; "" if it does not
+
+	twin *process // nil for most
 }
+
+// twinPorts is how far the port of a twin is from the other's.
+const twinPorts = 500
+
+// statusPorts is how far the port where a contender tells of itself is from that
+// where it forwards.
+const statusPorts = 1000
 
 func (p *process) pid() int {
 	if p.cmd == nil {
@@ -46,8 +57,20 @@ func start(ctx context.Context, c contender, s setup) (*process, error) {
 	}
 	routes := filepath.Join(s.Dir, fmt.Sprintf("routes-%d.txt", len(s.Routes)))
 	p.routesPath = routes
-	if err := os.WriteFile(routes, routesFile(s.Routes), 0o644); err != nil {
+	text := routesFile(s.Routes)
+	if err := os.WriteFile(routes, text, 0o644); err != nil {
 		return nil, err
+	}
+	p.tablePath = filepath.Join(s.Dir, fmt.Sprintf("table-%d.json", s.Port))
+	if slices.Contains(c.command, "{table}") {
+		table, err := tableFile(p.addr.String(), text, tlsAddr.String())
+		if err != nil {
+			return nil, err
+		}
+		if err := os.WriteFile(p.tablePath, table, 0o644); err != nil {
+			return nil, err
+		}
+		p.status = netip.AddrPortFrom(p.addr.Addr(), uint16(s.Port+statusPorts)).String()
 	}
 	config := ""
 	if c.config != "" {
@@ -57,7 +80,7 @@ func start(ctx context.Context, c contender, s setup) (*process, error) {
 		}
 	}
 	fill := strings.NewReplacer("{port}", strconv.Itoa(s.Port), "{routes}", routes,
-		"{workers}", strconv.Itoa(s.Workers), "{config}", config)
+		"{table}", p.tablePath, "{status}", strconv.Itoa(s.Port+statusPorts), "{workers}", strconv.Itoa(s.Workers), "{config}", config)
 	var args []string
 	for _, a := range c.command {
 		args = append(args, fill.Replace(a))
@@ -120,8 +143,16 @@ func lastLine(s string) string {
 
 // stop ends the process, and what it has started.
 func (p *process) stop() {
+	if p.twin != nil {
+		p.twin.stop()
+	}
 	if p.cmd == nil {
 		return
+	}
+	select {
+	case <-p.exited:
+		return // what it was is somebody else's number
+	default:
 	}
 	_ = unix.Kill(-p.cmd.Process.Pid, unix.SIGKILL) // its own group
 	<-p.exited

@@ -61,14 +61,19 @@ var tables = []table{
 	{"connpin", "Short connections, the forwarder on one core", "The load has another core.", connColumns},
 	{"rr64pin", "Ping-pong on 64 connections, the forwarder on one core", "", tripColumns},
 	{"downpin", "Bulk from server to client, the forwarder on one core", "", bulkColumns},
+	{"checks", "Correctness", "Half-close, back-pressure, hellos in pieces, resets, HTTP over mutual TLS, curl, openssl, and what is left open afterwards.",
+		[]column{{"checks", "checks", 1}, {"took", "s", 1}}},
 	{"many", "9,000 idle connections", "With 20,000 descriptors.",
 		[]column{{"open", "open", 1}, {"user", "user B/conn", 1}, {"files", "descriptors/conn", 1}, {"kernel", "kernel B/conn", 1}, {"idle", "idle CPU %", 100}}},
-	{"churn", "10,000 names replaced every second", "500 connections per second, quiet and with the names (and the clusters they lead to) replaced, in turns. Growth is from the second table to the last.",
+	{"churn", "10,000 names replaced every second", "500 connections per second, quiet and with the names (and the clusters they lead to, which have the defaults) replaced, in turns. Growth is from the second table to the last.",
 		append(slices.Clone(pairColumns), column{"took", "ms until in use", 1e3}, column{"tables", "tables", 1}, column{"growth", "growth MB", 1e-6}, column{"files", "descriptors more", 1})},
 	{"flood", "A flood of hellos that are not completed", "500 connections per second, quiet and with thousands beside them that send half a hello, or nothing, in turns. The deadline for a hello is 5 s.",
 		append(slices.Clone(pairColumns), column{"held", "held", 1}, column{"shed", "shed", 1}, column{"early", "before their time", 1}, column{"shedp50", "shed after s", 1}, column{"shedlast", "the last s", 1})},
-	{"faults", "Endpoints that fail", "One of two endpoints refuses, does not answer, vanishes and comes back: no call fails. It resets or stalls what it has accepted: what was sent to it is lost, since it has the hello, and this is how much that was.",
-		[]column{{"cases", "cases", 1}, {"calls", "calls", 1}, {"cut", "cut %", 100}, {"stalled", "stalled %", 100}}},
+	{"drain", "A drain under load", "Of two forwarders, clients prefer the first, and go to the other when they cannot connect. The first gets SIGTERM, with 5 s for open flows: some end by themselves, the others are ended after that, 200 per second. Failed is a flow broken before, and a call that was connected and not answered. Whoever comes in the moment in which the listeners are closed is not answered by TCP, and asks again after a second.",
+		[]column{{"flows", "flows", 1}, {"held", "ended by the drain", 1}, {"last", "the last after s", 1}, {"calls", "calls", 1}, {"moved", "by the other", 1}, {"p99quiet", "p99 µs before", 1e6}, {"p99", "p99 µs meanwhile", 1e6}, {"longest", "longest ms", 1e3}, {"took", "stopped after s", 1}}},
+	{"faults", "Endpoints that fail", "One of two endpoints refuses, does not answer, resets, closes or stalls what it has accepted, or goes and comes back: no call may notice but by the time it takes, an endpoint having 0.25 s for its answer. Both fail: the refusal says why. The failures are those that the status tells of the endpoints, by their reason; each is to be told as what it was.",
+		[]column{{"cases", "cases", 1}, {"calls", "calls", 1}, {"cut", "calls cut", 1}, {"stalled", "stalled", 1}, {"longest", "longest ms", 1e3},
+			{"refused", "told refused", 1}, {"timeout", "timeout", 1}, {"reset", "reset", 1}, {"closed", "closed", 1}, {"no-answer", "no answer", 1}}},
 	{"torture", "Broken hellos", "In segments of a byte, in many records, of 64 KiB, slow, garbage. Failed is what was answered that should not have been, the other way round, or left open.",
 		[]column{{"hellos", "hellos", 1}, {"growth", "growth MB", 1e-6}, {"files", "descriptors more", 1}, {"idle", "CPU % afterwards", 100}}},
 }
@@ -102,7 +107,8 @@ of their own, with TCP's reno. CPU is what the forwarder's processes spend on a
 unit of work, path is what client, forwarder and server spend together. Contenders
 take turns; a figure is the median of the rounds, and a ratio is the median of the
 ratios within rounds. Ratios within 0.08 are ties.
-`)
+
+` + featuresText)
 	if len(r.samples) > 0 {
 		b.WriteString("\n## What is to be reached\n\n" + verdicts(judge(r)))
 	}

@@ -20,6 +20,9 @@ const smallRoutes, bigRoutes, churnRoutes = 64, 100_000, 10_000
 // manyConns are what two descriptors each of a usual limit of 20,000 allow.
 const manyConns = 9000
 
+// sourceNetwork has the source addresses of the loads.
+const sourceNetwork = "127.2.0.0/16"
+
 var tlsAddr = netip.MustParseAddrPort("127.1.0.200:19444")
 
 // backendAddrs are those of the benchmark, where the routes lead.

