@@ -142,21 +142,29 @@ func TestNoOtherAfterMore(t *testing.T) {
 		for name, handle := range map[string]func(c *net.TCPConn){
 			"client":   func(c *net.TCPConn) { expect(c, more); c.SetLinger(0) },
 			"endpoint": func(c *net.TCPConn) { io.WriteString(c, "H"); expect(c, more); c.SetLinger(0) },
+			"early":    func(c *net.TCPConn) { expect(c, more); c.SetLinger(0) },
 		} {
 			t.Run(name, func(t *testing.T) {
 				one, two := takesHello(t, hello, handle), takesHello(t, hello, handle)
 				f := start(t, Config{Engine: engine}, table([]gateway.Cluster{clusterOf("web", one.addr, two.addr)}, "web.example", "web"))
-				c := f.dial(hello)
-				if name == "endpoint" {
+				first := hello
+				if name == "early" {
+					first = append(bytes.Clone(hello), more...)
+				}
+				c := f.dial(first)
+				switch name {
+				case "endpoint":
 					expectTag(t, c, "H")
-				} else {
+				case "client":
 					// With the endpoint before more comes: behind the hello it would be of it.
 					f.untilCounted(func(gateway.Status) bool {
 						cs := f.Connections(1)
 						return len(cs) == 1 && cs[0].Endpoint != ""
 					})
 				}
-				c.Write(more)
+				if name != "early" {
+					c.Write(more)
+				}
 				if b, err := io.ReadAll(c); len(b) != 0 || !errors.Is(err, syscall.ECONNRESET) {
 					t.Fatalf("read %q, %v", b, err)
 				}

@@ -386,6 +386,8 @@ func (l *loop) open(c *conn, peer netip.AddrPort, data []byte, scan *helloScan, 
 		c.held[client] = h
 		out = unix.EPOLLOUT
 		l.settle(c, false)
+	} else if scan.more(data) {
+		l.settle(c, false) // early data, which is not to be sent twice
 	} else if limit := b.dial.answerTimeout(); limit > 0 {
 		l.unschedule(c)
 		l.schedule(c, l.now+int64(limit))

@@ -89,6 +89,9 @@ func (s *helloScan) feed(buf []byte, limit int) (done bool, reason string) {
 	return false, ""
 }
 
+// more says whether buf has bytes behind the complete hello.
+func (s *helloScan) more(buf []byte) bool { return int(s.pos) < len(buf) }
+
 // message returns the complete handshake message in buf without its header. A
 // message in one record is returned in place; one in several is put together in
 // scratch, which must hold as many bytes as buf.

@@ -549,6 +549,11 @@ func (e *netpoll) open(s *setup) {
 		p.halves[i].p, p.halves[i].src = p, uint8(i)
 	}
 	e.asked(s)
+	if s.scan.more(s.data) {
+		p.answering.Lock()
+		p.settle(false) // early data, which is not to be sent twice
+		p.answering.Unlock()
+	}
 	// Each has a goroutine of its own, and none has this one's stack.
 	go p.halves[target].run()
 	go p.halves[client].run()
