@@ -115,8 +115,8 @@ type share struct {
 	weight uint32
 }
 
-// shares returns those of the best tier of c itself that have been usable for a
-// time, and their connections.
+// shares returns the endpoints of the best tier of c itself that have been usable for
+// a time.
 func (pl *plan) shares(c *cluster, now int64, stable time.Duration, into []share) []share {
 	into = into[:0]
 	for i := range pl.tiers {
