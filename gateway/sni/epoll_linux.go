@@ -261,6 +261,13 @@ const (
 	// rawWaitMS is how long a loop that has just had work waits for more without
 	// giving its processor back to the scheduler.
 	rawWaitMS = 4
+	// bulkTurn is what a turn must have spliced for the loop to rest after it, for
+	// bulkPause and what the kernel adds (the timer slack, 50 µs): bytes gather
+	// meanwhile, and who sends and who reads them have the processors. Without, a
+	// loop that keeps up with its peers moves packet by packet, at the price of a
+	// wakeup for each.
+	bulkTurn  = 2 * readBuffer
+	bulkPause = 20 * time.Microsecond
 	// acceptPause is how long a loop that ran out of descriptors accepts nothing.
 	acceptPause = 50 * time.Millisecond
 	maxAccept   = 64
@@ -319,6 +326,7 @@ type loop struct {
 	pipes   []pipe
 	pipesIn int // in use
 	noPipes bool
+	spliced int // bytes, in this turn
 }
 
 type ref struct {
@@ -427,6 +435,10 @@ func (l *loop) run() {
 // wait returns the number of events.
 func (l *loop) wait() int {
 	ms := l.sleep()
+	if l.spliced >= bulkTurn {
+		rawPause(bulkPause)
+	}
+	l.spliced = 0
 	if l.busy || ms == 0 {
 		short := rawWaitMS
 		if ms >= 0 {

@@ -176,6 +176,7 @@ func (l *loop) splice(c *conn, src, most int) (moved int, drained, ok bool) {
 			}
 			n -= k
 			moved += k
+			l.spliced += k
 			l.moved(c, src, k)
 		}
 	}

@@ -108,6 +108,13 @@ func rawEpollWait(ep int32, evs []unix.EpollEvent, ms int) (int, syscall.Errno) 
 	return int(n), e
 }
 
+// rawPause keeps the processor of the scheduler meanwhile, as [rawEpollWait] does;
+// a signal ends it.
+func rawPause(d time.Duration) {
+	ts := unix.NsecToTimespec(int64(d))
+	syscall.RawSyscall(unix.SYS_NANOSLEEP, uintptr(unsafe.Pointer(&ts)), 0, 0)
+}
+
 func family(a netip.Addr) int {
 	if a.Is4() {
 		return unix.AF_INET
