@@ -144,7 +144,15 @@ type source struct {
 	active atomic.Int32  // connections; -1 while the key is being changed
 }
 
-func newSources() *sources { return &sources{seed: maphash.MakeSeed()} }
+// newSources touches all of the table, so that its pages are there from the start and
+// no connection has to wait for one.
+func newSources() *sources {
+	t := &sources{seed: maphash.MakeSeed()}
+	for i := range t.sets {
+		t.sets[i][0].key.Store(0)
+	}
+	return t
+}
 
 // sourceKey is never 0. IPv6 counts by the /64: a host has as many addresses
 // there as it likes.
