@@ -130,7 +130,7 @@ func New(opts Options) (_ *Agent, err error) {
 	}
 
 	// Telemetry first: raft and serf report to the global sink from their start.
-	if a.telemetry, err = telemetry.Open(rt.Telemetry); err != nil {
+	if a.telemetry, err = telemetry.Open(rt.Telemetry, true); err != nil {
 		return nil, err
 	}
 	if a.member, err = newMember(rt, id, opts, a.log); err != nil {

@@ -23,17 +23,22 @@ const Interval = 10 * time.Second
 
 // Telemetry is the sinks of a process. There can be one at a time.
 type Telemetry struct {
-	memory   *metrics.InmemSink
+	memory   *metrics.InmemSink   // nil where it is off
 	registry *prometheus.Registry // nil where it is off
 	global   *metrics.Metrics
 }
 
 // Open makes the sinks that c names, and reports to them whatever is reported to the
-// global sink of go-metrics. [Telemetry.Close] ends it.
-func Open(c config.Telemetry) (*Telemetry, error) {
+// global sink of go-metrics. With display they are kept in memory, too, for
+// [Telemetry.Display]. [Telemetry.Close] ends it.
+func Open(c config.Telemetry, display bool) (*Telemetry, error) {
 	const retain = time.Minute
-	t := &Telemetry{memory: metrics.NewInmemSink(Interval, retain)}
-	sinks := metrics.FanoutSink{t.memory}
+	t := &Telemetry{}
+	var sinks metrics.FanoutSink
+	if display {
+		t.memory = metrics.NewInmemSink(Interval, retain)
+		sinks = append(sinks, t.memory)
+	}
 	if c.PrometheusRetention > 0 {
 		t.registry = prometheus.NewRegistry()
 		s, err := armonprom.NewPrometheusSinkFrom(armonprom.PrometheusOpts{Expiration: c.PrometheusRetention, Registerer: t.registry})
@@ -71,7 +76,7 @@ func Open(c config.Telemetry) (*Telemetry, error) {
 // Sink is what to report to.
 func (t *Telemetry) Sink() *metrics.Metrics { return t.global }
 
-// Display serves /v1/agent/metrics.
+// Display serves /v1/agent/metrics. It must not be called where it was not asked for.
 func (t *Telemetry) Display(w http.ResponseWriter, r *http.Request) (any, error) {
 	return t.memory.DisplayMetrics(w, r)
 }

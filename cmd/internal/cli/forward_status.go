@@ -152,7 +152,7 @@ const listed = 1000
 
 // serve answers HTTP on an address, and reports metrics, until stop is called.
 func (s *standalone) serve(addr string, logger hclog.Logger) (stop func(), err error) {
-	tel, err := telemetry.Open(config.Telemetry{Prefix: "consul", DisableHostname: true, PrometheusRetention: time.Minute, FilterDefault: true})
+	tel, err := telemetry.Open(config.Telemetry{Prefix: "consul", DisableHostname: true, PrometheusRetention: time.Minute, FilterDefault: true}, false)
 	if err != nil {
 		return nil, err
 	}
