@@ -26,6 +26,19 @@ func runIdle(ctx context.Context, fs *flag.FlagSet, args []string) error {
 	} else {
 		rawClose(fd)
 	}
+	// Some are there before, so that what is made with the first of them, such as what
+	// is known of their sources, is not taken for what each of them needs.
+	ahead := make([]int, 0, min(l.conns/4, 500))
+	for i := range cap(ahead) {
+		if fd, err := l.dial(i); err == nil {
+			ahead = append(ahead, fd)
+		}
+	}
+	defer func() {
+		for _, fd := range ahead {
+			rawClose(fd)
+		}
+	}()
 	settle(ctx, 300*time.Millisecond)
 
 	before := memoryOf(l.proxies)

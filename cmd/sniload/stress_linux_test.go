@@ -298,7 +298,8 @@ func TestDrainIsSeenToFail(t *testing.T) {
 		t.Fatal(err)
 	}
 	d.tell()
-	if d.out.Failed < d.flows+1 || len(d.during) > 0 {
+	// Some calls were under way when it ended.
+	if calls := d.out.Failed - d.flows; calls < 20 || len(d.during) > calls/2 {
 		t.Errorf("%d failed, and %d calls did not: %v", d.out.Failed, len(d.during), d.out.Problems)
 	}
 }
