@@ -175,7 +175,6 @@ func (f *forwarding) run(c *call) error {
 				s.uses(next)
 				s.fw.Apply(next)
 				fmt.Fprintf(c.out, "Reloaded (%s)\n", counted(next))
-				release(&next)
 			case got == syscall.SIGTERM && f.drain.Timeout > 0 && drain == nil:
 				drain = s.drain(ctx, f.drain)
 				defer drain.stop()
@@ -265,7 +264,8 @@ func unbound(st gateway.Status) error {
 
 // release lets go of a table that the forwarder has taken in. A large file leaves
 // more behind from being read than the routes need, and a forwarder allocates so
-// little that the system would not get it back for long.
+// little that the system would not get it back for long. It is for the start: the
+// collection that it forces takes processors from connections.
 func release(t **gateway.Table) {
 	*t = nil
 	debug.FreeOSMemory()
