@@ -146,9 +146,11 @@ type conn struct {
 	phase uint8
 	// linked says whether the timer is in the wheel.
 	linked bool
-	gen    int32
-	id     uint32
-	born   uint32 // the tick of accepting
+	// fired says that the timer is over, and waits for its turn.
+	fired bool
+	gen   int32
+	id    uint32
+	born  uint32 // the tick of accepting
 
 	// Timer wheel: neighbours, and the tick of the deadline.
 	next, prev uint32
@@ -270,7 +272,10 @@ const (
 	bulkPause = 20 * time.Microsecond
 	// acceptPause is how long a loop that ran out of descriptors accepts nothing.
 	acceptPause = 50 * time.Millisecond
-	maxAccept   = 64
+	maxAccept   = 16
+	// maxFired bounds the timers that are served in one turn: thousands of clients that
+	// came at one time with nothing to say go at one time.
+	maxFired = 16
 	// maxDrained bounds what is accepted of a socket that is to be closed.
 	maxDrained = 1 << 16
 
@@ -316,6 +321,8 @@ type loop struct {
 
 	queue  []ref
 	turn   []ref
+	over   []ref // whose timers are over
+	served int   // of over
 	wheel  [wheelSlots]uint32
 	filled [wheelSlots / 64]uint64
 
@@ -420,6 +427,7 @@ func (l *loop) run() {
 			}
 		}
 		l.advance()
+		l.fireSome()
 		l.runQueue()
 	}
 	l.closeConns(nil, closeStopped)
@@ -460,7 +468,7 @@ func (l *loop) wait() int {
 
 // sleep is how many milliseconds the loop may wait; -1 is for ever.
 func (l *loop) sleep() int {
-	if len(l.queue) > 0 {
+	if len(l.queue) > 0 || len(l.over) > 0 {
 		return 0
 	}
 	ms := -1

@@ -78,6 +78,9 @@ func TestWheel(t *testing.T) {
 		}
 		l.clock = tickOf(l.now)
 		l.advance()
+		for len(l.over) > 0 {
+			l.fireSome()
+		}
 		for c, at := range due {
 			switch {
 			case fired(c) && at > l.now:

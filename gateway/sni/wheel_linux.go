@@ -11,6 +11,9 @@ func tickOf(now int64) uint32 { return uint32(now >> tickShift) }
 
 // schedule sets the connection's timer, unless it is due earlier as it is.
 func (l *loop) schedule(c *conn, at int64) {
+	if c.fired {
+		return
+	}
 	deadline := tickOf(at) + 1
 	if c.linked {
 		if int32(deadline-c.deadline) >= 0 {
@@ -41,6 +44,7 @@ func (l *loop) link(c *conn) {
 }
 
 func (l *loop) unschedule(c *conn) {
+	c.fired = false
 	if !c.linked {
 		return
 	}
@@ -99,9 +103,25 @@ func (l *loop) advance() {
 			if int32(c.deadline-l.tick) > 0 {
 				l.link(c)
 			} else {
-				l.fire(c)
+				c.fired = true
+				l.over = append(l.over, ref{id: c.id, gen: c.gen})
 			}
 		}
+	}
+}
+
+// fireSome serves some of the timers that are over; the others have the next turns.
+func (l *loop) fireSome() {
+	for n := 0; n < maxFired && l.served < len(l.over); l.served++ {
+		r := l.over[l.served]
+		if c := l.conn(r.id); c.gen == r.gen && c.fired {
+			c.fired = false
+			l.fire(c)
+			n++
+		}
+	}
+	if l.served == len(l.over) {
+		l.over, l.served = l.over[:0], 0
 	}
 }
 
