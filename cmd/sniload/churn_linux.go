@@ -207,22 +207,16 @@ func (p *paced) churn(ctx context.Context, c *churn) error {
 	}
 	p.next = func() [][]byte { return *c.hellos.Load() }
 	settle(ctx, p.rest)
-	// What the first third leaves is what the forwarder needs, for the counters of new
-	// clusters too; what the others add to it would be added for ever.
-	var before memory
-	disturbed := 0
+	var seen []memory
 	c.took = nil
 	if err := p.run(ctx, func(ctx context.Context) (func() error, error) {
-		if disturbed == p.pairs/3 {
-			before = memoryOf(p.proxies)
-		}
-		disturbed++
+		seen = append(seen, memoryOf(p.proxies))
 		return c.start(ctx)
 	}); err != nil {
 		return err
 	}
 	settle(ctx, p.rest)
-	after := memoryOf(p.proxies)
+	before, after := growth(append(seen, memoryOf(p.proxies)))
 	m := p.out.Metrics
 	m["tables"] = float64(len(c.took))
 	m["took"], _ = median(slices.Clone(c.took))
@@ -232,4 +226,21 @@ func (p *paced) churn(ctx context.Context, c *churn) error {
 		m["base"] = float64(before.rss)
 	}
 	return nil
+}
+
+// growth compares the most that was needed in the first and in the second half of
+// what follows the first third. The first third is what the forwarder needs, for the
+// counters of new clusters too; what is added to it in the end would be added for
+// ever. The most, because garbage comes and goes in between.
+func growth(seen []memory) (before, after memory) {
+	seen = seen[len(seen)/3:]
+	half := (len(seen) + 1) / 2
+	return most(seen[:half]), most(seen[half:])
+}
+
+func most(seen []memory) (m memory) {
+	for _, s := range seen {
+		m.rss, m.files = max(m.rss, s.rss), max(m.files, s.files)
+	}
+	return m
 }

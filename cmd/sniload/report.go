@@ -65,7 +65,7 @@ var tables = []table{
 		[]column{{"checks", "checks", 1}, {"took", "s", 1}}},
 	{"many", "9,000 idle connections", "With 20,000 descriptors.",
 		[]column{{"open", "open", 1}, {"user", "user B/conn", 1}, {"files", "descriptors/conn", 1}, {"kernel", "kernel B/conn", 1}, {"idle", "idle CPU %", 100}}},
-	{"churn", "10,000 names replaced every second", "500 connections per second, quiet and with the names (and the clusters they lead to, which have the defaults) replaced, in turns. Growth is from a third of the tables on.",
+	{"churn", "10,000 names replaced every second", "500 connections per second, quiet and with the names (and the clusters they lead to, which have the defaults) replaced, in turns. Growth is what was needed at most, from a third of the tables on: in the second half of them against the first.",
 		append(slices.Clone(pairColumns), column{"took", "ms until in use", 1e3}, column{"tables", "tables", 1}, column{"growth", "growth MB", 1e-6}, column{"files", "descriptors more", 1})},
 	{"flood", "A flood of hellos that are not completed", "500 connections per second, quiet and with thousands beside them that send half a hello, or nothing, in turns. The deadline for a hello is 5 s.",
 		append(slices.Clone(pairColumns), column{"held", "held", 1}, column{"shed", "shed", 1}, column{"early", "before their time", 1}, column{"shedp50", "shed after s", 1}, column{"shedlast", "the last s", 1})},

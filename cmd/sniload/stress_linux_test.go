@@ -374,3 +374,25 @@ func TestTormentsAreAsTold(t *testing.T) {
 		t.Errorf("a hello of %d bytes, want 60000", n)
 	}
 }
+
+func TestGrowth(t *testing.T) {
+	rss := func(sizes ...int64) (out []memory) {
+		for _, n := range sizes {
+			out = append(out, memory{rss: n})
+		}
+		return out
+	}
+	for name, tc := range map[string]struct {
+		seen []memory
+		want int64
+	}{
+		"warms up, and stays":   {rss(1, 4, 8, 9, 8, 9), 0},
+		"comes and goes":        {rss(5, 9, 9, 5, 9, 5, 9, 5, 9), 0},
+		"more with every table": {rss(1, 2, 3, 4, 5, 6), 2},
+	} {
+		before, after := growth(tc.seen)
+		if got := int64(after.rss) - int64(before.rss); got != tc.want {
+			t.Errorf("%s: %d, want %d", name, got, tc.want)
+		}
+	}
+}
