@@ -391,7 +391,7 @@ func TestGrowth(t *testing.T) {
 		"more with every table": {rss(1, 2, 3, 4, 5, 6), 2},
 	} {
 		before, after := growth(tc.seen)
-		if got := int64(after.rss) - int64(before.rss); got != tc.want {
+		if got := after.rss - before.rss; got != tc.want {
 			t.Errorf("%s: %d, want %d", name, got, tc.want)
 		}
 	}
