@@ -200,6 +200,27 @@ func (f *Forwarder) notify() {
 	close(*f.changed.Swap(&ch))
 }
 
+// watch calls look until ctx ends: at once, when another table is in use, and when
+// the time is over that look says. With false it says that only a table matters.
+func (f *Forwarder) watch(ctx context.Context, look func(ctx context.Context) (wait time.Duration, ok bool)) {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		changed := f.Changed()
+		if wait, ok := look(ctx); ok {
+			timer.Reset(wait)
+		} else {
+			timer.Stop()
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-changed:
+		case <-timer.C:
+		}
+	}
+}
+
 // Apply implements [gateway.DataPlane].
 func (f *Forwarder) Apply(t *gateway.Table) {
 	f.pending.Store(t)

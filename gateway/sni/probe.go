@@ -42,22 +42,7 @@ func newProber(f *Forwarder) *prober {
 // run probes until ctx ends, and returns when nothing of it is left.
 func (p *prober) run(ctx context.Context) {
 	defer p.wg.Wait()
-	timer := time.NewTimer(0)
-	defer timer.Stop()
-	for {
-		changed := p.f.Changed()
-		if wait, ok := p.turn(ctx); ok {
-			timer.Reset(wait)
-		} else {
-			timer.Stop()
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-changed:
-		case <-timer.C:
-		}
-	}
+	p.f.watch(ctx, p.turn)
 }
 
 // turn begins the probes that are due. It returns the time until the next, and

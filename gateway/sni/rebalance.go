@@ -280,22 +280,7 @@ func judgeRebalance(v *view, now int64, add func(seat, surplus)) {
 // run watches until ctx ends, and returns when nothing of it is left.
 func (m *mover) run(ctx context.Context) {
 	defer m.wg.Wait()
-	timer := time.NewTimer(0)
-	defer timer.Stop()
-	for {
-		changed := m.f.Changed()
-		if wait, on := m.look(ctx); on {
-			timer.Reset(wait)
-		} else {
-			timer.Stop()
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-changed:
-		case <-timer.C:
-		}
-	}
+	m.f.watch(ctx, m.look)
 }
 
 // look notes which endpoints are usable, and begins what there is to do. It returns
