@@ -36,14 +36,15 @@ type cluster struct {
 	endpoints map[string]*endpoint
 }
 
-// traffic is written by one worker only and fills a cache line, so that counting
+// traffic is written by one worker only and fills two cache lines, so that counting
 // never moves a line between cores.
 type traffic struct {
 	in, out atomic.Uint64 // bytes
 	// took has how many connections were made, by how long that took, and tookAll how
 	// many nanoseconds it took for all.
-	took    [connectTimes]atomic.Uint32
+	took    [connectTimes]atomic.Uint64
 	tookAll atomic.Uint64
+	_       [24]byte
 }
 
 // connectTimes is how many counts of connections there are, by how long it took to
@@ -77,7 +78,7 @@ func (t *total) add(e *endpoint) {
 		t.out += x.out.Load()
 		t.tookAll += x.tookAll.Load()
 		for j := range x.took {
-			t.took[j] += uint64(x.took[j].Load())
+			t.took[j] += x.took[j].Load()
 		}
 	}
 }

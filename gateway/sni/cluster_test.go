@@ -11,6 +11,7 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+	"unsafe"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -680,4 +681,21 @@ func TestResolver(t *testing.T) {
 		cancel()
 		r.stop()
 	})
+}
+
+// The counts of a gateway that runs for months never go back, and those of one worker
+// share no cache line with those of another.
+func TestTraffic(t *testing.T) {
+	if n := unsafe.Sizeof(traffic{}); n%64 != 0 {
+		t.Errorf("%d bytes are no whole number of cache lines", n)
+	}
+	ep := &endpoint{}
+	c := ep.counter(0, 2)
+	c.took[0].Store(1<<32 - 1)
+	c.made(0)
+	ep.counter(1, 2).made(0)
+	var all total
+	if all.add(ep); all.took[0] != 1<<32+1 {
+		t.Errorf("counted %d", all.took[0])
+	}
 }
