@@ -141,11 +141,13 @@ var (
 	errClosedUnanswered = errors.New("closed before it answered")
 	errNoAnswer         = errors.New("no answer in time")
 	errGaveUp           = errors.New("no answer before the client gave up")
+
+	errOvertaken = errors.New("not connected when another address was")
 )
 
 func failReason(err error) string {
 	switch {
-	case errors.Is(err, errConnectTimeout):
+	case errors.Is(err, errConnectTimeout), errors.Is(err, errOvertaken):
 		return gateway.FailTimeout
 	case errors.Is(err, errResetUnanswered):
 		return gateway.FailReset
@@ -221,13 +223,24 @@ type member struct {
 const (
 	maxTries              = 8 // bound of Config.ConnectAttempts
 	defaultConnectTimeout = 5 * time.Second
-	minAddressTimeout     = 500 * time.Millisecond
-	maxAddressTimeout     = time.Second
-	maxWeight             = 128 // as Consul has it
+	// attemptDelay is how long the addresses under way of a name have before the next
+	// is tried beside them, the Connection Attempt Delay of RFC 8305 5.
+	attemptDelay = 250 * time.Millisecond
+	maxWeight    = 128 // as Consul has it
 )
+
+// attempt is an address that is being connected to.
+type attempt struct {
+	at   int64 // when it began
+	addr netip.AddrPort
+	rest *addressRest // of the address; nil where it is the only one
+}
 
 // dial is the choice of an endpoint for one connection: which were tried, and
 // which is being tried. The zero value, with begin, is ready for use.
+//
+// Of an endpoint with several addresses several may be tried at one time: beside
+// makes another one the attempt under way, and the caller keeps those before it.
 type dial struct {
 	f       *Forwarder
 	cluster *cluster // as routed
@@ -245,12 +258,11 @@ type dial struct {
 	detail  string           // of the last failure
 	took    int64            // nanoseconds that it took to make the connection
 
-	// The attempt under way.
-	at   int64 // when it began
+	// The endpoint that is being tried, since when, and the attempt under way.
 	tier *tier
 	ep   *endpoint
-	addr netip.AddrPort
-	rest *addressRest // of the address; nil where it is the only one
+	from int64
+	attempt
 }
 
 // begin starts the choice for a connection that is routed to c.
@@ -287,16 +299,42 @@ func (d *dial) next(now int64) bool {
 				continue
 			}
 			ep.active.Add(1)
-			d.tier, d.ep, d.at = t, ep, now
-			d.places[d.tries] = d.chooseAddress(ep, now)
-			d.tried[d.tries] = ep
-			if d.tries++; d.tries > 1 {
-				t.owner.retries.Add(1)
-			}
+			d.tier, d.ep, d.from = t, ep, now
+			d.try(now)
 			return true
 		}
 	}
 	return false
+}
+
+// try begins with an address of the endpoint.
+func (d *dial) try(now int64) {
+	d.at = now
+	d.places[d.tries] = d.chooseAddress(d.ep, now)
+	d.tried[d.tries] = d.ep
+	if d.tries++; d.tries > 1 {
+		d.tier.owner.retries.Add(1)
+	}
+}
+
+// beside begins with another address of the endpoint, while those before are still
+// under way. It returns false when there is none, or no time.
+func (d *dial) beside(now int64) bool {
+	if d.untried() <= 0 || d.left(now) <= 0 {
+		return false
+	}
+	d.try(now)
+	return true
+}
+
+// untried counts the addresses of the endpoint that can still be begun with.
+func (d *dial) untried() int {
+	return min(len(d.ep.addresses())-d.triedOf(d.ep), d.f.cfg.ConnectAttempts-d.tries)
+}
+
+// left is how long the endpoint may still take to be connected to.
+func (d *dial) left(now int64) time.Duration {
+	return min(d.tier.timeout-time.Duration(now-d.from), d.f.cfg.ConnectDeadline-time.Duration(now-d.began))
 }
 
 // chooseAddress sets the address of ep to try: one that was not tried, and rather one
@@ -342,15 +380,15 @@ func (d *dial) triedAt(ep *endpoint, place uint16) bool {
 	return false
 }
 
-// timeout is how long the attempt under way may take. A name with several
-// addresses shares its time among those not yet tried, and all but the last get
-// little of it: one family without a route is common, and nobody is to wait for it.
+// timeout is how long to wait for the attempts under way: until another is to be
+// begun with beside them, or the endpoint given up. One family without a route is
+// common, and nobody is to wait for it.
 func (d *dial) timeout(now int64) time.Duration {
-	t := d.tier.timeout
-	if left := len(d.ep.addresses()) - d.triedOf(d.ep); left > 0 {
-		t = min(max(t/time.Duration(left+1), min(t, minAddressTimeout)), maxAddressTimeout)
+	t := d.left(now)
+	if n := d.untried(); n > 0 {
+		t = min(t/time.Duration(n+1), attemptDelay)
 	}
-	return max(min(t, d.f.cfg.ConnectDeadline-time.Duration(now-d.began)), time.Millisecond)
+	return max(t, time.Millisecond)
 }
 
 // answerTimeout is how long the endpoint may take for its first byte; 0 is for ever.
@@ -560,12 +598,28 @@ func (t *tier) layOut() {
 // failed ends the attempt under way: the endpoint could not be connected to.
 func (d *dial) failed(now int64, cause error) {
 	d.release()
-	if d.rest != nil {
-		d.rest.failed(&d.f.cfg, now)
-	}
 	d.silent = false
-	d.detail = fmt.Sprintf("%s: %s", d.addr, d.ep.fault(cause))
+	d.lost(d.attempt, now, cause)
 	d.f.eject(d.tier, d.ep, now)
+}
+
+// lost notes that an attempt has failed, while another is under way.
+func (d *dial) lost(a attempt, now int64, cause error) {
+	if a.rest != nil {
+		a.rest.failed(&d.f.cfg, now)
+	}
+	d.detail = fmt.Sprintf("%s: %s", a.addr, d.ep.fault(cause))
+}
+
+// won makes a the attempt under way: it has led to a connection, and others have not.
+// Those that began before it had their chance.
+func (d *dial) won(a attempt, others []attempt, now int64) {
+	d.attempt = a
+	for _, o := range others {
+		if o.at < a.at {
+			d.lost(o, now, errOvertaken)
+		}
+	}
 }
 
 // unanswered ends the attempt under way: the endpoint was connected to and given

@@ -471,7 +471,7 @@ func TestAddressesRest(t *testing.T) {
 		c.now = f.now()
 		d, tried := c.begin("c"), map[string]bool{}
 		for d.next(f.now()) {
-			if left := 2 - len(tried); left > 0 && d.timeout(f.now()) > time.Second {
+			if left := 2 - len(tried); left > 0 && d.timeout(f.now()) > attemptDelay {
 				t.Errorf("%s for an address with %d others", d.timeout(f.now()), left)
 			}
 			tried[d.addr.String()] = true

@@ -213,16 +213,13 @@ func (l *loop) route(c *conn, peer netip.AddrPort, data []byte, scan *helloScan)
 // connect tries endpoints until one takes the hello, or one lets us wait.
 func (l *loop) connect(c *conn, peer netip.AddrPort, data []byte, scan *helloScan, d *dial) {
 	for d.next(l.now) {
-		fd, e := rawSocket(family(d.addr.Addr()))
+		fd, e := d.socket()
 		if e != 0 {
 			d.abandon()
 			l.f.fail(fmt.Errorf("connect to %s: socket: %w", d.addr, e))
 			l.parse(data, scan)
 			l.refuse(c, peer, &l.hello, data, gateway.RefuseLimit, "socket: "+e.Error())
 			return
-		}
-		if cc := d.tier.congestion; cc != "" {
-			rawCongestion(fd, cc) // that it can be had was seen before
 		}
 		if e = rawConnect(fd, d.addr); e == 0 {
 			// On loopback it is connected by now; elsewhere this asks and is told
@@ -277,9 +274,101 @@ func (l *loop) await(c *conn, peer netip.AddrPort, data []byte, scan *helloScan,
 	}
 }
 
+// late goes on with a connection whose endpoint has not taken it for some time.
+func (l *loop) late(c *conn) {
+	if l.beside(c) {
+		return
+	}
+	if left := c.begun.dial.left(l.now); left > 0 {
+		l.schedule(c, l.now+int64(left))
+		return
+	}
+	l.nextEndpoint(c, errConnectTimeout)
+}
+
+// beside tries another address of the endpoint, while those under way go on. It
+// returns false when there is none.
+func (l *loop) beside(c *conn) bool {
+	b := c.begun
+	d := &b.dial
+	before := rival{c.fd[target], d.attempt}
+	for d.beside(l.now) {
+		fd, e := d.socket()
+		if e != 0 {
+			l.f.fail(fmt.Errorf("connect to %s: socket: %w", d.addr, e))
+			break
+		}
+		if e = rawConnect(fd, d.addr); e == 0 {
+			b.rivals = append(b.rivals, before)
+			c.fd[target], c.flags[target] = fd, 0
+			l.await(c, b.peer, b.buf, &b.scan, d)
+			return true
+		}
+		rawClose(fd)
+		d.lost(d.attempt, l.now, e)
+	}
+	d.attempt = before.attempt
+	return false
+}
+
+// race looks which of several attempts to connect have come about, or failed.
+func (l *loop) race(c *conn) {
+	b := c.begun
+	d := &b.dial
+	all := append(b.rivals, rival{c.fd[target], d.attempt})
+	left := all[:0]
+	for i, r := range all {
+		n, e := l.sendHello(c, r.fd, b.peer, b.buf, d)
+		switch {
+		case e == unix.EAGAIN:
+			left = append(left, r)
+		case e == 0:
+			var others []attempt
+			for _, o := range append(left, all[i+1:]...) {
+				rawClose(o.fd)
+				others = append(others, o.attempt)
+			}
+			b.rivals = nil
+			d.won(r.attempt, others, l.now)
+			c.fd[target] = r.fd
+			if l.renew(c); c.phase&doomed == 0 {
+				l.open(c, b.peer, b.buf, &b.scan, n, d)
+			}
+			return
+		case len(left) == 0 && i == len(all)-1:
+			b.rivals = nil
+			c.fd[target], d.attempt = r.fd, r.attempt
+			l.nextEndpoint(c, e)
+			return
+		default:
+			rawClose(r.fd)
+			d.lost(r.attempt, l.now, e)
+		}
+	}
+	last := len(left) - 1
+	b.rivals, c.fd[target], d.attempt = left[:last], left[last].fd, left[last].attempt
+	if len(left) < len(all) {
+		l.beside(c) // what has failed is not to be waited for
+	}
+}
+
+// renew gives a connection another generation: what is still to come of its events in
+// this turn is of sockets that were closed. The kernel tells anew of those it has.
+func (l *loop) renew(c *conn) {
+	c.gen++
+	c.flags[target] = flagAdded | flagOut
+	c.flags[client] &^= flagHup
+	l.control(c, client, unix.EPOLL_CTL_MOD)
+	l.control(c, target, unix.EPOLL_CTL_MOD)
+}
+
 // answered is called when something has happened to a connection under way.
 func (l *loop) answered(c *conn, events uint32) {
 	b, gen := c.begun, c.gen
+	if len(b.rivals) > 0 {
+		l.race(c)
+		return
+	}
 	n, e := l.sendHello(c, c.fd[target], b.peer, b.buf, &b.dial)
 	switch e {
 	case 0:
@@ -297,6 +386,11 @@ func (l *loop) nextEndpoint(c *conn, cause error) {
 	b := c.begun
 	rawClose(c.fd[target])
 	c.fd[target], c.flags[target] = -1, 0
+	for _, r := range b.rivals {
+		rawClose(r.fd)
+		b.dial.lost(r.attempt, l.now, cause)
+	}
+	b.rivals = nil
 	if c.phase == phaseAnswer {
 		b.dial.unanswered(l.now, cause)
 	} else {
@@ -458,9 +552,17 @@ func (l *loop) watch(c *conn, side int, out uint32) {
 	if out != 0 {
 		c.flags[side] |= flagOut
 	}
+	l.control(c, side, op)
+}
+
+// control tells the epoll set of a side, as its flags say.
+func (l *loop) control(c *conn, side, op int) {
 	ev := unix.EpollEvent{
-		Events: unix.EPOLLIN | unix.EPOLLRDHUP | unix.EPOLLET&0xffffffff | out,
+		Events: unix.EPOLLIN | unix.EPOLLRDHUP | unix.EPOLLET&0xffffffff,
 		Fd:     int32(c.id<<1 | uint32(side)), Pad: c.gen,
+	}
+	if c.flags[side]&flagOut != 0 {
+		ev.Events |= unix.EPOLLOUT
 	}
 	if e := rawEpollCtl(l.ep, op, c.fd[side], &ev); e != 0 {
 		// Out of memory or of user watches: it would never be heard of again, so

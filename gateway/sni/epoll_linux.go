@@ -198,6 +198,7 @@ type begun struct {
 	dial dial
 	// expect says that a header of the PROXY protocol may come, and was not seen.
 	expect bool
+	rivals []rival
 	sentAt int64 // when the endpoint had the hello
 	passed int   // bytes of the hello that it has
 
@@ -205,6 +206,13 @@ type begun struct {
 	hellos       *hellos
 	older, newer *begun
 	id           uint32 // of the connection
+}
+
+// rival is an attempt to connect to an address of the endpoint that began before the
+// one under way, and still is too (RFC 8305 5).
+type rival struct {
+	fd int32
+	attempt
 }
 
 // hellos are the connections of a listener, in one loop, whose hello is waited

@@ -364,23 +364,39 @@ func TestSpillOver(t *testing.T) {
 // blackhole is an address whose SYNs are not answered: a full backlog.
 func blackhole(t testing.TB) string {
 	t.Helper()
+	addr, _ := blackholeOn(t, "127.0.0.1:0")
+	return addr
+}
+
+// blackholeOn is a black hole until it is opened: what comes again then is answered.
+func blackholeOn(t testing.TB, addr string) (bound string, open func(handle func(c *net.TCPConn))) {
+	t.Helper()
+	want := netip.MustParseAddrPort(addr)
 	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { syscall.Close(fd) })
-	if err := errors.Join(syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}), syscall.Listen(fd, 0)); err != nil {
+	file := os.NewFile(uintptr(fd), "")
+	t.Cleanup(func() { file.Close() })
+	if err := errors.Join(syscall.Bind(fd, &syscall.SockaddrInet4{Addr: want.Addr().As4(), Port: int(want.Port())}), syscall.Listen(fd, 0)); err != nil {
 		t.Fatal(err)
 	}
 	sa, err := syscall.Getsockname(fd)
 	if err != nil {
 		t.Fatal(err)
 	}
-	addr := netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), uint16(sa.(*syscall.SockaddrInet4).Port)).String()
-	for {
-		c, err := net.DialTimeout("tcp", addr, 100*time.Millisecond)
+	bound = netip.AddrPortFrom(want.Addr(), uint16(sa.(*syscall.SockaddrInet4).Port)).String()
+	open = func(handle func(c *net.TCPConn)) {
+		ln, err := net.FileListener(file)
 		if err != nil {
-			return addr
+			t.Fatal(err)
+		}
+		serveThere(t, ln, handle)
+	}
+	for {
+		c, err := net.DialTimeout("tcp", bound, 100*time.Millisecond)
+		if err != nil {
+			return bound, open
 		}
 		t.Cleanup(func() { c.Close() })
 	}
@@ -771,6 +787,74 @@ func TestAddressWithoutARoute(t *testing.T) {
 	})
 }
 
+// Of two addresses that swallow connections, the one that takes them in the end has
+// them, whichever was begun with, and however late that is.
+func TestAddressesRace(t *testing.T) {
+	hello := helloFor(t, "web.example")
+	onEngines(t, func(t *testing.T, engine string) {
+		silent, _ := blackholeOn(t, "127.0.0.1:0")
+		port := netip.MustParseAddrPort(silent).Port()
+		slow, open := blackholeOn(t, netip.AddrPortFrom(netip.MustParseAddr("127.0.0.3"), port).String())
+		lookup := func(context.Context, string) ([]netip.Addr, time.Duration, error) {
+			return []netip.Addr{netip.MustParseAddrPort(silent).Addr(), netip.MustParseAddrPort(slow).Addr()}, time.Minute, nil
+		}
+		web := clusterOf("web")
+		web.ConnectTimeout = time.Minute
+		web.Endpoints = []gateway.Endpoint{{Address: "gw.dc2.example", Port: int(port), Healthy: true, Weight: 1}}
+		f := start(t, Config{Engine: engine, Lookup: lookup, ConnectDeadline: time.Minute}, table([]gateway.Cluster{web}, "web.example", "web"))
+		const n = 6
+		var conns []*net.TCPConn
+		for range n {
+			conns = append(conns, f.dial(hello))
+		}
+		f.untilCounted(func(s gateway.Status) bool { return len(s.Clusters) == 1 && s.Clusters[0].Retries == n })
+		open(func(c *net.TCPConn) {
+			if expect(c, hello) == nil {
+				c.Write([]byte("H"))
+				echo(c)
+			}
+		})
+		for _, c := range conns {
+			expectTag(t, c, "H")
+		}
+		c := f.cluster("web")
+		ep := c.Endpoints[0]
+		if c.Connected != n || c.Active != n || ep.Failed > n || ep.Failures[gateway.FailTimeout] != ep.Failed || !ep.EjectedUntil.IsZero() {
+			t.Errorf("want all by one address, and those told that were begun with the other: %+v", c)
+		}
+		for range 2 { // who did not find it out is told
+			expectTag(t, f.dial(hello), "H")
+		}
+	})
+}
+
+func TestStopWhileAddressesRace(t *testing.T) {
+	hello := helloFor(t, "web.example")
+	onEngines(t, func(t *testing.T, engine string) {
+		one, _ := blackholeOn(t, "127.0.0.1:0")
+		port := netip.MustParseAddrPort(one).Port()
+		blackholeOn(t, netip.AddrPortFrom(netip.MustParseAddr("127.0.0.3"), port).String())
+		lookup := func(context.Context, string) ([]netip.Addr, time.Duration, error) {
+			return []netip.Addr{netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("127.0.0.3")}, time.Minute, nil
+		}
+		web := clusterOf("web")
+		web.ConnectTimeout = time.Minute
+		web.Endpoints = []gateway.Endpoint{{Address: "gw.dc2.example", Port: int(port), Healthy: true, Weight: 1}}
+		before := openFDs(t)
+		f := start(t, Config{Engine: engine, Lookup: lookup, ConnectDeadline: time.Minute}, table([]gateway.Cluster{web}, "web.example", "web"))
+		const n = 6
+		for range n {
+			f.dial(hello)
+		}
+		f.untilCounted(func(s gateway.Status) bool { return len(s.Clusters) == 1 && s.Clusters[0].Retries == n })
+		f.stop()
+		if all := f.Status().Clusters; len(all) > 0 {
+			t.Errorf("want none that goes on or has failed: %+v", all)
+		}
+		untilFDs(t, before+n) // the clients' ends
+	})
+}
+
 func TestNothingIsLeft(t *testing.T) {
 	hello := helloFor(t, "web.example")
 	onEngines(t, func(t *testing.T, engine string) {
@@ -815,14 +899,7 @@ func TestNothingIsLeft(t *testing.T) {
 			}
 		}
 		// The backend's ends of the connections close when their handlers see it.
-		tick := time.NewTicker(time.Millisecond)
-		defer tick.Stop()
-		for i := 0; openFDs(t) > before; i++ {
-			if i == 5000 {
-				t.Fatalf("%d descriptors are open, %d were before", openFDs(t), before)
-			}
-			<-tick.C
-		}
+		untilFDs(t, before)
 	})
 }
 

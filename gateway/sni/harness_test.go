@@ -186,6 +186,10 @@ func serveOn(t testing.TB, addr string, handle func(c *net.TCPConn)) *backend {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return serveThere(t, ln, handle)
+}
+
+func serveThere(t testing.TB, ln net.Listener, handle func(c *net.TCPConn)) *backend {
 	var wg sync.WaitGroup
 	var mu sync.Mutex
 	open := map[net.Conn]bool{}
@@ -272,6 +276,19 @@ func expectTag(t testing.TB, c net.Conn, tag string) {
 	t.Helper()
 	if err := expect(c, []byte(tag)); err != nil {
 		t.Fatalf("want %q of the backend: %v", tag, err)
+	}
+}
+
+// untilFDs waits until no more than so many descriptors are open.
+func untilFDs(t testing.TB, most int) {
+	t.Helper()
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for i := 0; openFDs(t) > most; i++ {
+		if i == 5000 {
+			t.Fatalf("%d descriptors are open, want %d", openFDs(t), most)
+		}
+		<-tick.C
 	}
 }
 

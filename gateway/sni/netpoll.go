@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -80,6 +81,10 @@ type netpollConn struct {
 	// others can see the connection.
 	peer, local netip.AddrPort
 	name        string // kept where the end is to be told
+
+	// giveUp ends the attempts to connect that are under way; nil where there are none
+	// but that of the target's socket. Guarded by the engine's mutex.
+	giveUp context.CancelFunc
 }
 
 // setup is what a connection needs until its endpoint has answered and not after.
@@ -211,6 +216,9 @@ func (p *netpollConn) abort() {
 	p.aborted.Store(true)
 	for i := range p.side {
 		p.side[i].setDeadline(past)
+	}
+	if p.giveUp != nil {
+		p.giveUp()
 	}
 }
 
@@ -506,6 +514,89 @@ func connectError(err error) error {
 }
 
 var errConnectTimeout = errors.New("connect timed out")
+
+// connector connects to the address of an attempt. It gives up when ctx ends.
+type connector func(ctx context.Context, a attempt) (wire, error)
+
+// race connects to an endpoint by the attempt under way, and by others of its
+// addresses beside it, each some time after the one before (RFC 8305 5). It returns
+// the first that is connected, which is then the attempt under way, or else why the
+// last failed. first is asked for the first attempt, more for the others; late says
+// that the first has had its time.
+func (e *netpoll) race(s *setup, first, more connector, late bool) (wire, error) {
+	type outcome struct {
+		attempt
+		w   wire
+		err error
+	}
+	f, p, d := e.f, s.p, &s.dial
+	ctx, cancel := context.WithCancel(context.Background()) // whoever ends the connection gives it up
+	if !e.see(p, func() { p.giveUp = cancel }) {
+		cancel()
+	}
+	var under []attempt // way
+	results := make(chan outcome)
+	begin := func(connect connector) {
+		a := d.attempt
+		under = append(under, a)
+		go func() {
+			w, err := connect(ctx, a)
+			results <- outcome{a, w, err}
+		}()
+	}
+	defer func() {
+		cancel()
+		for range under {
+			if r := <-results; r.err == nil {
+				r.w.close()
+			}
+		}
+		e.mu.Lock()
+		p.giveUp = nil
+		e.mu.Unlock()
+	}()
+	begin(first)
+	wait := d.timeout(f.now())
+	if late {
+		wait = 0
+	}
+	t := time.NewTimer(wait)
+	defer t.Stop()
+	for {
+		failed := false
+		select {
+		case r := <-results:
+			under = slices.DeleteFunc(under, func(a attempt) bool { return a == r.attempt })
+			switch {
+			case r.err == nil:
+				d.won(r.attempt, under, f.now())
+				return r.w, nil
+			case len(under) == 0 || ctx.Err() != nil:
+				d.attempt = r.attempt
+				return wire{}, r.err
+			case !ownFault(r.err):
+				d.lost(r.attempt, f.now(), r.err)
+			}
+			failed = true
+		case <-t.C:
+		}
+		switch now := f.now(); {
+		case d.beside(now):
+			begin(more)
+			t.Reset(d.timeout(now))
+		case d.left(now) > 0:
+			if !failed {
+				t.Reset(d.left(now))
+			}
+		default:
+			for _, a := range under[1:] {
+				d.lost(a, now, errConnectTimeout)
+			}
+			d.attempt = under[0]
+			return wire{}, errConnectTimeout
+		}
+	}
+}
 
 // greet prepares to send the hello to the endpoint that is being tried, behind the
 // PROXY header that it wants.

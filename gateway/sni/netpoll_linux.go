@@ -1,6 +1,7 @@
 package sni
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -287,15 +288,12 @@ func (e *netpoll) reach(s *setup) bool {
 func (e *netpoll) connect(s *setup) progress {
 	f, d := e.f, &s.dial
 	for d.next(f.now()) {
-		fd, errno := rawSocket(family(d.addr.Addr()))
+		fd, errno := d.socket()
 		if errno != 0 {
 			d.abandon()
 			f.fail(fmt.Errorf("connect to %s: socket: %w", d.addr, errno))
 			e.tell(s, &s.hello, gateway.RefuseLimit, "socket: "+errno.Error())
 			return unreached
-		}
-		if cc := d.tier.congestion; cc != "" {
-			rawCongestion(fd, cc) // that it can be had was seen before
 		}
 		if errno = rawConnect(fd, d.addr); errno == 0 {
 			// On loopback it is connected by now; elsewhere this asks and is told to
@@ -322,6 +320,50 @@ func (e *netpoll) connect(s *setup) progress {
 	}
 	e.unreached(s)
 	return unreached
+}
+
+// connectFor returns a connector for the choice's addresses.
+func connectFor(d *dial) connector {
+	cc := d.tier.congestion
+	return func(ctx context.Context, a attempt) (wire, error) {
+		fd, errno := socketFor(a.addr, cc)
+		if errno != 0 {
+			return wire{}, errno
+		}
+		w := wire{fd: fd, open: true}
+		if errno = rawConnect(fd, a.addr); errno != 0 {
+			w.close()
+			return wire{}, errno
+		}
+		if err := w.watch(); err != nil {
+			w.close()
+			return wire{}, err
+		}
+		return w.reached(ctx)
+	}
+}
+
+// reached waits until a socket is connected. One that is not is closed.
+func (w wire) reached(ctx context.Context) (wire, error) {
+	file := w.file
+	stop := context.AfterFunc(ctx, func() { file.SetWriteDeadline(past) })
+	var errno syscall.Errno
+	err := w.raw.Write(func(uintptr) bool {
+		var connected bool
+		connected, errno = rawConnected(w.fd)
+		return connected || errno != 0
+	})
+	if !stop() && err == nil {
+		err = ctx.Err() // whose deadline may still come
+	}
+	if err == nil && errno != 0 {
+		err = errno
+	}
+	if err != nil {
+		w.close()
+		return wire{}, err
+	}
+	return w, nil
 }
 
 // send sends what the endpoint does not have yet.
@@ -370,6 +412,23 @@ func (e *netpoll) awaitReached(s *setup) bool {
 			return true
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			cause = errConnectTimeout
+			if s.sent > 0 || d.untried() <= 0 {
+				break
+			}
+			w.setWriteDeadline(time.Time{})
+			begun := *w
+			e.set(p, wire{})
+			won, err := e.race(s, func(ctx context.Context, _ attempt) (wire, error) { return begun.reached(ctx) }, connectFor(d), true)
+			if err == nil {
+				e.set(p, won)
+				continue
+			}
+			if p.aborted.Load() {
+				d.abandon()
+				e.cut(s)
+				return false
+			}
+			cause = err
 		case err != nil:
 			cause = err
 		}

@@ -3,6 +3,7 @@
 package sni
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -157,31 +158,20 @@ func (e *netpoll) accept(l *listener, nl *netpollListener) {
 func (e *netpoll) reach(s *setup) bool {
 	f, p, d := e.f, s.p, &s.dial
 	for d.next(f.now()) {
-		dialer := net.Dialer{Timeout: d.timeout(f.now()), KeepAlive: -1}
-		if cc := d.tier.congestion; cc != "" {
-			dialer.Control = func(_, _ string, c syscall.RawConn) error {
-				return c.Control(func(fd uintptr) { setCongestion(int(fd), cc) }) // that it can be had was seen before
-			}
-		}
-		c, err := dialer.DialContext(e.ctx, "tcp", d.addr.String())
-		var w wire
-		if err == nil {
-			w, err = newWire(c.(*net.TCPConn))
-		}
+		w, err := e.race(s, connectFor(d), connectFor(d), false)
 		if err != nil {
-			cause := connectError(err)
 			switch {
-			case e.ctx.Err() != nil:
+			case p.aborted.Load():
 				d.abandon()
-				e.tell(s, &s.hello, gateway.RefuseClientGone, "shutting down")
+				e.cut(s)
 				return false
-			case ownFault(cause):
+			case ownFault(err):
 				d.abandon()
-				f.fail(fmt.Errorf("connect to %s: socket: %w", d.addr, cause))
-				e.tell(s, &s.hello, gateway.RefuseLimit, "socket: "+cause.Error())
+				f.fail(fmt.Errorf("connect to %s: socket: %w", d.addr, err))
+				e.tell(s, &s.hello, gateway.RefuseLimit, "socket: "+err.Error())
 				return false
 			}
-			d.failed(f.now(), cause)
+			d.failed(f.now(), err)
 			continue
 		}
 		e.set(p, w)
@@ -209,4 +199,26 @@ func (e *netpoll) reach(s *setup) bool {
 	}
 	e.unreached(s)
 	return false
+}
+
+// connectFor returns a connector for the choice's addresses.
+func connectFor(d *dial) connector {
+	dialer := net.Dialer{KeepAlive: -1}
+	if cc := d.tier.congestion; cc != "" {
+		dialer.Control = func(_, _ string, c syscall.RawConn) error {
+			return c.Control(func(fd uintptr) { setCongestion(int(fd), cc) }) // that it can be had was seen before
+		}
+	}
+	return func(ctx context.Context, a attempt) (wire, error) {
+		c, err := dialer.DialContext(ctx, "tcp", a.addr.String())
+		if err != nil {
+			return wire{}, connectError(err)
+		}
+		w, err := newWire(c.(*net.TCPConn))
+		if err != nil {
+			w.close()
+			return wire{}, err
+		}
+		return w, nil
+	}
 }

@@ -54,6 +54,9 @@ func (l *loop) newBegun() *begun {
 func (l *loop) dropBegun(c *conn) {
 	b := c.begun
 	b.remove()
+	for _, r := range b.rivals {
+		rawClose(r.fd)
+	}
 	c.begun = nil
 	l.unblock(b.buf)
 	*b = begun{}

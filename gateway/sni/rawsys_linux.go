@@ -81,6 +81,19 @@ func rawSocket(family int) (int32, syscall.Errno) {
 	return int32(n), e
 }
 
+// socket returns one for the attempt under way.
+func (d *dial) socket() (int32, syscall.Errno) { return socketFor(d.addr, d.tier.congestion) }
+
+// socketFor returns one to connect to an address with. That the algorithm of
+// congestion control can be had was seen before; "" is the system's.
+func socketFor(to netip.AddrPort, congestion string) (int32, syscall.Errno) {
+	fd, e := rawSocket(family(to.Addr()))
+	if e == 0 && congestion != "" {
+		rawCongestion(fd, congestion)
+	}
+	return fd, e
+}
+
 func rawClose(fd int32) { syscall.RawSyscall(unix.SYS_CLOSE, uintptr(fd), 0, 0) }
 
 func rawShutdown(fd int32) { syscall.RawSyscall(unix.SYS_SHUTDOWN, uintptr(fd), unix.SHUT_WR, 0) }
@@ -131,6 +144,18 @@ func rawConnect(fd int32, ap netip.AddrPort) syscall.Errno {
 		return 0
 	}
 	return e
+}
+
+// rawConnected says whether what [rawConnect] began has come about, or why it failed.
+func rawConnected(fd int32) (bool, syscall.Errno) {
+	code, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR)
+	switch {
+	case err != nil:
+		return false, unix.EBADF
+	case code != 0:
+		return false, syscall.Errno(code)
+	}
+	return rawPeer(fd).IsValid(), 0
 }
 
 func putSockaddr(sa *unix.RawSockaddrAny, ap netip.AddrPort) uintptr {

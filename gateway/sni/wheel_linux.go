@@ -130,7 +130,7 @@ func (l *loop) fire(c *conn) {
 	case phaseHello:
 		l.refuse(c, c.begun.peer, nil, c.begun.buf, gateway.RefuseHelloTimeout, l.f.cfg.HelloTimeout.String())
 	case phaseConnecting:
-		l.nextEndpoint(c, errConnectTimeout)
+		l.late(c)
 	case phaseAnswer:
 		l.silent(c)
 	case phaseOpen:
