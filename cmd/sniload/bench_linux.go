@@ -66,10 +66,11 @@ type stage struct {
 	routes  int
 	workers int
 	pinned  bool
-	fresh   bool // processes are started for each measurement
-	ours    bool // only the forwarder of this repository, with each of its engines
-	twin    bool // another process of the same contender is beside it
-	inside  bool // the load runs the forwarder in its own process
+	fresh   bool     // processes are started for each measurement
+	ours    bool     // only the forwarder of this repository, with each of its engines
+	beside  []string // with ours, the peers that are measured too
+	twin    bool     // another process of the same contender is beside it
+	inside  bool     // the load runs the forwarder in its own process
 	skip    []string
 	tests   []stageTest
 }
@@ -127,7 +128,8 @@ func stages(s sizes, cpus int) []stage {
 		{name: "churn", about: "10,000 names replaced every second", routes: churnRoutes, workers: cpus, fresh: true, ours: true, tests: []stageTest{
 			{name: "churn", once: true, args: []string{"churn", "-table", strconv.Itoa(churnRoutes), "-pairs", strconv.Itoa(2 * s.pairs), "-timeout", "85s"}},
 		}},
-		{name: "flood", about: "hellos that are not completed", routes: smallRoutes, workers: cpus, fresh: true, ours: true, tests: []stageTest{
+		// Those that have a deadline for the hello.
+		{name: "flood", about: "hellos that are not completed", routes: smallRoutes, workers: cpus, fresh: true, ours: true, beside: []string{reference, "nginx", "envoy"}, tests: []stageTest{
 			{name: "flood", once: true, args: []string{"flood", "-half", strconv.Itoa(s.half), "-pairs", strconv.Itoa(s.pairs), "-timeout", "85s"}},
 		}},
 		{name: "drain", about: "a drain under load", routes: smallRoutes, workers: cpus, fresh: true, ours: true, twin: true, tests: []stageTest{
@@ -298,7 +300,7 @@ func (b *bench) stage(ctx context.Context, s stage) error {
 	port := 21000
 	for _, c := range candidates {
 		switch {
-		case slices.Contains(s.skip, c.name), s.ours && c.engine == "", !s.ours && c.full && b.quick:
+		case slices.Contains(s.skip, c.name), s.ours && c.engine == "" && !slices.Contains(s.beside, c.name), !s.ours && c.full && b.quick:
 			continue
 		case s.inside:
 			list = append(list, &process{contender: c})
