@@ -88,13 +88,13 @@ func (l *loop) begin(s *sock, fd int32) {
 	}
 	b := l.newBegun()
 	b.peer, b.scan, b.expect = peer, scan, expect
+	b.due = l.now + int64(l.f.cfg.HelloTimeout)
 	if len(data) > 0 {
 		b.buf = append(l.block(len(data)), data...)
 	}
 	c.begun = b
 	b.id = c.id
 	s.wait.add(b)
-	l.schedule(c, l.now+int64(l.f.cfg.HelloTimeout))
 	l.watch(c, client, 0)
 	if s.wait.n > t.hellos {
 		// Who has waited longest is the least likely to be a client.

@@ -202,9 +202,11 @@ type begun struct {
 	sentAt int64 // when the endpoint had the hello
 	passed int   // bytes of the hello that it has
 
-	// While the hello is waited for: the queue it is in, and its neighbours there.
+	// While the hello is waited for: the queue it is in, its neighbours there, and
+	// until when it is.
 	hellos       *hellos
 	older, newer *begun
+	due          int64
 	id           uint32 // of the connection
 }
 
@@ -216,10 +218,11 @@ type rival struct {
 }
 
 // hellos are the connections of a listener, in one loop, whose hello is waited
-// for, by their ages.
+// for, by their ages, and so by when each is due.
 type hellos struct {
 	oldest, newest *begun
 	n              int
+	last           bool // nobody joins any more
 }
 
 func (q *hellos) add(b *begun) {
@@ -295,7 +298,7 @@ type sock struct {
 	l     *listener
 	fd    int32
 	batch int // connections to accept at one time, see accept
-	wait  hellos
+	wait  *hellos
 }
 
 type loop struct {
@@ -325,7 +328,8 @@ type loop struct {
 	chunks [][]conn
 	unused []uint32
 	socks  []*sock // by the number in their events; nil where removed
-	paused int64   // when to accept again; 0 is now
+	waits  []*hellos
+	paused int64 // when to accept again; 0 is now
 
 	queue  []ref
 	turn   []ref
@@ -436,6 +440,7 @@ func (l *loop) run() {
 		}
 		l.advance()
 		l.fireSome()
+		l.shed()
 		l.runQueue()
 	}
 	l.closeConns(nil, closeStopped)
@@ -483,17 +488,25 @@ func (l *loop) sleep() int {
 	if t := l.nextTimer(); t >= 0 {
 		ms = int(t)
 	}
+	until := func(at int64) {
+		if t := int(max(0, at-l.now)/1e6) + 1; ms < 0 || t < ms {
+			ms = t
+		}
+	}
 	if l.paused != 0 {
-		p := int(max(0, l.paused-l.now)/1e6) + 1
-		if ms < 0 || p < ms {
-			ms = p
+		until(l.paused)
+	}
+	for _, q := range l.waits {
+		if q.oldest != nil {
+			until(q.oldest.due)
 		}
 	}
 	return ms
 }
 
 func (l *loop) addListener(ln *listener, fd int32) {
-	s := &sock{l: ln, fd: fd, batch: 1}
+	s := &sock{l: ln, fd: fd, batch: 1, wait: &hellos{}}
+	l.waits = append(l.waits, s.wait)
 	i := slices.Index(l.socks, nil)
 	if i < 0 {
 		i = len(l.socks)
@@ -520,6 +533,7 @@ func (l *loop) removeListener(ln *listener) {
 				l.begin(s, fd)
 			}
 			rawClose(s.fd)
+			s.wait.last = true
 			l.socks[i] = nil
 		}
 	}

@@ -95,6 +95,49 @@ func TestWheel(t *testing.T) {
 	}
 }
 
+// Hellos that came one after the other and are late are shed one after the other, to
+// the millisecond, even once nothing is listened to any more.
+func TestLateHellosAreShedInTurn(t *testing.T) {
+	l := idleLoop(t)
+	ln := &listener{}
+	ln.use(l.f.newTerms(&gateway.Listener{}))
+	l.addListener(ln, -1)
+	s := l.socks[0]
+	const n = 100
+	for i := range n {
+		c := l.newConn()
+		c.l, c.fd, c.phase = ln, [2]int32{-1, -1}, phaseHello
+		ln.active.Add(1)
+		c.begun = l.newBegun()
+		c.begun.id, c.begun.due = c.id, int64(time.Second)+int64(i)*int64(time.Millisecond)
+		s.wait.add(c.begun)
+	}
+	if ms := l.sleep(); ms < 1000 || ms > 1001 {
+		t.Errorf("sleeps %d ms, want 1000 or a little more", ms)
+	}
+	for i := range n / 2 {
+		l.now = int64(time.Second) + int64(i)*int64(time.Millisecond)
+		l.shed()
+		if left := n - 1 - i; s.wait.n != left || ln.active.Load() != int64(left) {
+			t.Fatalf("%d are left %d ms after the first was due, want %d", s.wait.n, i, left)
+		}
+		if ms := l.sleep(); ms < 1 || ms > 2 {
+			t.Fatalf("sleeps %d ms, want 1 or a little more", ms)
+		}
+	}
+	l.removeListener(ln)
+	l.now += int64(time.Second)
+	for turns := 0; len(l.waits) > 0; turns++ {
+		if want := n/2 - turns*maxFired; s.wait.n != want {
+			t.Fatalf("%d are left after %d turns, want %d", s.wait.n, turns, want)
+		}
+		l.shed()
+	}
+	if s.wait.n != 0 || ln.active.Load() != 0 || l.sleep() >= 0 {
+		t.Errorf("%d are left, and %d ms to sleep", s.wait.n, l.sleep())
+	}
+}
+
 func TestBlocks(t *testing.T) {
 	l := idleLoop(t)
 	for _, n := range []int{0, 1, 2048, 2049, 5000, maxHelloBytes} {

@@ -2,6 +2,7 @@ package sni
 
 import (
 	"math/bits"
+	"slices"
 	"time"
 
 	"github.com/sluicemesh/sluice/gateway"
@@ -125,10 +126,24 @@ func (l *loop) fireSome() {
 	}
 }
 
+// shed ends connections whose hello has not come in time. They are not in the wheel:
+// those of a tick would go at one time, and be in the way of others.
+func (l *loop) shed() {
+	for i := 0; i < len(l.waits); i++ {
+		q := l.waits[i]
+		for n := 0; n < maxFired && q.oldest != nil && q.oldest.due <= l.now; n++ {
+			b := q.oldest
+			l.refuse(l.conn(b.id), b.peer, nil, b.buf, gateway.RefuseHelloTimeout, l.f.cfg.HelloTimeout.String())
+		}
+		if q.last && q.n == 0 {
+			l.waits = slices.Delete(l.waits, i, i+1)
+			i--
+		}
+	}
+}
+
 func (l *loop) fire(c *conn) {
 	switch c.phase {
-	case phaseHello:
-		l.refuse(c, c.begun.peer, nil, c.begun.buf, gateway.RefuseHelloTimeout, l.f.cfg.HelloTimeout.String())
 	case phaseConnecting:
 		l.late(c)
 	case phaseAnswer:
