@@ -130,7 +130,7 @@ func stages(s sizes, cpus int) []stage {
 		}},
 		// Those that have a deadline for the hello.
 		{name: "flood", about: "hellos that are not completed", routes: smallRoutes, workers: cpus, fresh: true, ours: true, beside: []string{reference, "nginx", "envoy"}, tests: []stageTest{
-			{name: "flood", once: true, args: []string{"flood", "-half", strconv.Itoa(s.half), "-pairs", strconv.Itoa(s.pairs), "-timeout", "85s"}},
+			{name: "flood", once: true, args: []string{"flood", "-half", strconv.Itoa(s.half), "-pairs", strconv.Itoa(s.pairs), "-quiet", "4s", "-timeout", "85s"}},
 		}},
 		{name: "drain", about: "a drain under load", routes: smallRoutes, workers: cpus, fresh: true, ours: true, twin: true, tests: []stageTest{
 			{name: "drain", once: true, args: []string{"draining"}},

@@ -80,8 +80,9 @@ func (f *flood) ended(fd int) {
 // run keeps the connections open until ctx ends, and closes them.
 func (f *flood) run(ctx context.Context) {
 	f.open = map[int]time.Time{}
-	const turn = 5 * time.Millisecond
-	// All at once would measure the accept queue.
+	// All at once, or many, would measure the accept queue, and what this process
+	// itself takes from those it measures.
+	const turn = time.Millisecond
 	atOnce := max(1, f.size*int(turn/time.Millisecond)/1000)
 	next := time.Now()
 	for ctx.Err() == nil {
