@@ -257,11 +257,16 @@ func (b *begun) remove() {
 }
 
 const (
-	pipeSize  = 256 << 10
+	// pipeSize is the most that is had without privileges (pipe(7)): bytes that are
+	// moved many at a time cost less, and fewer wakeups. slowPipe is for where there
+	// is no such, or many may be full.
+	pipeSize  = 1 << 20
+	slowPipe  = 256 << 10
 	leastPipe = 64 << 10
 	// bulkLeast is what a splice must have moved for the next to be worth it.
 	bulkLeast  = 32 << 10
-	maxPipes   = 256     // in use by one loop: 512 descriptors, 64 MiB when all are full
+	maxPipes   = 256     // in use by one loop: 512 descriptors, 112 MiB when all are full
+	fastPipes  = 64      // of them, those that are filled
 	keepPipes  = 32      // unused in its pool
 	keepBlocks = 1 << 20 // bytes of each size
 	keepBegun  = 512
@@ -274,13 +279,15 @@ const (
 	// rawWaitMS is how long a loop that has just had work waits for more without
 	// giving its processor back to the scheduler.
 	rawWaitMS = 4
-	// bulkTurn is what a turn must have spliced for the loop to rest after it, for
-	// bulkPause and what the kernel adds (the timer slack, 50 µs): bytes gather
+	// bulkTurn is what a turn must have spliced for the loop to rest after it: it
+	// gives way bulkYields times to whoever wants the processor, and sleeps for
+	// bulkPause and what the kernel adds (the timer slack, 50 µs). Bytes gather
 	// meanwhile, and who sends and who reads them have the processors. Without, a
 	// loop that keeps up with its peers moves packet by packet, at the price of a
 	// wakeup for each.
-	bulkTurn  = 2 * readBuffer
-	bulkPause = 20 * time.Microsecond
+	bulkTurn   = 2 * readBuffer
+	bulkYields = 2
+	bulkPause  = time.Microsecond
 	// acceptPause is how long a loop that ran out of descriptors accepts nothing.
 	acceptPause = 50 * time.Millisecond
 	maxAccept   = 16
@@ -457,6 +464,9 @@ func (l *loop) run() {
 func (l *loop) wait() int {
 	ms := l.sleep()
 	if l.spliced >= bulkTurn {
+		for range bulkYields {
+			rawYield()
+		}
 		rawPause(bulkPause)
 	}
 	l.spliced = 0

@@ -459,23 +459,23 @@ type sharedPipes struct {
 func (q *sharedPipes) usable() bool { return !q.none.Load() }
 
 // get returns an empty pipe, or false when there is none to be had.
-func (q *sharedPipes) get() (pipe, bool) {
+// It says how many bytes to put into it.
+func (q *sharedPipes) get() (p pipe, fill int, ok bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.in >= maxPipes {
-		return pipe{}, false
+		return pipe{}, 0, false
 	}
 	if n := len(q.idle); n > 0 {
-		p := q.idle[n-1]
+		p, ok = q.idle[n-1], true
 		q.idle = q.idle[:n-1]
-		q.in++
-		return p, true
+	} else {
+		p, ok = newPipe()
 	}
-	p, ok := newPipe()
 	if ok {
 		q.in++
 	}
-	return p, ok
+	return p, pipeFill(q.in), ok
 }
 
 // put gives a pipe back. One with bytes in it is of no more use.
@@ -505,14 +505,14 @@ func (q *sharedPipes) free() {
 func (h *half) splice(most int) (moved int, drained, ok bool) {
 	p := h.p
 	pipes := &p.e.pipes
-	q, got := pipes.get()
+	q, fill, got := pipes.get()
 	if !got {
 		h.bulk, h.full = false, 0
 		return 0, false, true
 	}
 	fd, to := p.side[h.src].fd, p.side[1-h.src].fd
 	for moved < most {
-		n, errno := rawSplice(fd, q.w, pipeSize)
+		n, errno := rawSplice(fd, q.w, fill)
 		switch {
 		case errno == unix.EAGAIN:
 			if moved < bulkLeast {

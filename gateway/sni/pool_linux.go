@@ -111,16 +111,27 @@ func newPipe() (pipe, bool) {
 	if unix.Pipe2(p[:], unix.O_NONBLOCK|unix.O_CLOEXEC) != nil {
 		return pipe{}, false
 	}
-	if _, err := unix.FcntlInt(uintptr(p[0]), unix.F_SETPIPE_SZ, pipeSize); err != nil {
-		// The user's quota of pipe pages (pipe(7)) is used up. What the kernel still
-		// gives may be a pipe of two pages, which is worse than copying.
-		if size, err := unix.FcntlInt(uintptr(p[0]), unix.F_GETPIPE_SZ, 0); err != nil || size < leastPipe {
-			unix.Close(p[0])
-			unix.Close(p[1])
-			return pipe{}, false
+	for _, size := range [...]int{pipeSize, slowPipe} {
+		if _, err := unix.FcntlInt(uintptr(p[0]), unix.F_SETPIPE_SZ, size); err == nil {
+			return pipe{int32(p[0]), int32(p[1])}, true
 		}
 	}
+	// The user's quota of pipe pages (pipe(7)) is used up. What the kernel still gives
+	// may be a pipe of two pages, which is worse than copying.
+	if size, err := unix.FcntlInt(uintptr(p[0]), unix.F_GETPIPE_SZ, 0); err != nil || size < leastPipe {
+		unix.Close(p[0])
+		unix.Close(p[1])
+		return pipe{}, false
+	}
 	return pipe{int32(p[0]), int32(p[1])}, true
+}
+
+// pipeFill is how many bytes to put into a pipe, with so many in use.
+func pipeFill(inUse int) int {
+	if inUse > fastPipes {
+		return slowPipe
+	}
+	return pipeSize
 }
 
 func (p pipe) close() {

@@ -136,8 +136,9 @@ func (l *loop) splice(c *conn, src, most int) (moved int, drained, ok bool) {
 		return 0, false, true
 	}
 	fd, to := c.fd[src], c.fd[1-src]
+	fill := pipeFill(l.pipesIn)
 	for moved < most {
-		n, e := rawSplice(fd, p.w, pipeSize)
+		n, e := rawSplice(fd, p.w, fill)
 		switch {
 		case e == unix.EAGAIN:
 			if moved < bulkLeast {

@@ -128,6 +128,9 @@ func rawPause(d time.Duration) {
 	syscall.RawSyscall(unix.SYS_NANOSLEEP, uintptr(unsafe.Pointer(&ts)), 0, 0)
 }
 
+// rawYield gives way to another thread on this processor, if one wants it.
+func rawYield() { syscall.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0) }
+
 func family(a netip.Addr) int {
 	if a.Is4() {
 		return unix.AF_INET
