@@ -53,7 +53,7 @@ type sizes struct {
 }
 
 var (
-	fullSizes = sizes{rounds: 5, fewRounds: 3, conns: 8000, shakes: 1000, idle: 3000, gb: 3, play: 1200 * time.Millisecond, hold: 1500 * time.Millisecond,
+	fullSizes = sizes{rounds: 9, fewRounds: 3, conns: 8000, shakes: 1000, idle: 3000, gb: 3, play: 1200 * time.Millisecond, hold: 1500 * time.Millisecond,
 		pairs: 5, half: 4000, torture: 30 * time.Second}
 	quickSizes = sizes{rounds: 3, fewRounds: 2, conns: 6000, shakes: 400, idle: 2000, gb: 2, play: 800 * time.Millisecond, hold: 500 * time.Millisecond,
 		pairs: 3, half: 2000, torture: 8 * time.Second}

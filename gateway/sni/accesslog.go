@@ -3,6 +3,7 @@ package sni
 import (
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/sluicemesh/sluice/gateway"
 )
@@ -12,6 +13,7 @@ import (
 type accessLog struct {
 	log     *gateway.AccessLog
 	lines   chan accessLine
+	last    chan struct{} // closed when nothing is added any more
 	dropped atomic.Uint64
 	wg      sync.WaitGroup
 }
@@ -21,14 +23,19 @@ type accessLine struct {
 	reason string
 }
 
-// keptLines is how many lines may wait for the log.
-const keptLines = 4096
+const (
+	// keptLines is how many lines may wait for the log.
+	keptLines = 4096
+	// logRest is how long they wait for others: to be woken for each takes a processor
+	// from connections each time.
+	logRest = 20 * time.Millisecond
+)
 
 func newAccessLog(log *gateway.AccessLog) *accessLog {
 	if log == nil {
 		return nil
 	}
-	return &accessLog{log: log, lines: make(chan accessLine, keptLines)}
+	return &accessLog{log: log, lines: make(chan accessLine, keptLines), last: make(chan struct{})}
 }
 
 // sampled says whether a connection that begins is one to tell of.
@@ -61,6 +68,10 @@ func (a *accessLog) start() {
 			a.log.Write(&l.c, l.reason)
 			if len(a.lines) == 0 {
 				tell()
+				select {
+				case <-time.After(logRest):
+				case <-a.last:
+				}
 			}
 		}
 		tell()
@@ -69,6 +80,7 @@ func (a *accessLog) start() {
 
 func (a *accessLog) stop() {
 	if a != nil {
+		close(a.last)
 		close(a.lines)
 		a.wg.Wait()
 	}
