@@ -97,24 +97,24 @@ func stages(s sizes, cpus int) []stage {
 			{name: "rr64", args: play("-c", "64")},
 			{name: "rr1", few: true, full: true, args: play("-c", "1")},
 		}},
-		{name: "tls", about: "mutual TLS handshakes", routes: smallRoutes, workers: cpus, skip: []string{oursPlain}, tests: []stageTest{
+		{name: "tls", about: "mutual TLS handshakes", routes: smallRoutes, workers: cpus, skip: []string{oursPlain, floor}, tests: []stageTest{
 			{name: "tls", few: true, args: []string{"handshake", "-n", strconv.Itoa(s.shakes)}},
 		}},
-		{name: "bulk", about: "gigabytes", routes: smallRoutes, workers: cpus, tests: []stageTest{
+		{name: "bulk", about: "gigabytes", routes: smallRoutes, workers: cpus, skip: []string{floor}, tests: []stageTest{
 			{name: "down", args: bulk("down", s.gb)},
 			{name: "up", few: true, full: true, args: bulk("up", s.gb)},
 			{name: "echo", few: true, full: true, args: bulk("echo", s.gb/2)},
 			{name: "rr64k1", few: true, full: true, args: play("-c", "64", "-size", "1024")},
 		}},
-		{name: "idle", about: "open connections", routes: smallRoutes, workers: cpus, fresh: true, skip: []string{direct}, tests: []stageTest{
+		{name: "idle", about: "open connections", routes: smallRoutes, workers: cpus, fresh: true, skip: []string{direct, floor}, tests: []stageTest{
 			{name: "idle", few: true, args: []string{"idle", "-c", strconv.Itoa(s.idle), "-hold", s.hold.String()}},
 		}},
 		// HAProxy's splicing has nothing to do with routes.
-		{name: "big", about: "100,000 routes", routes: bigRoutes, workers: cpus, fresh: true, skip: []string{"haproxy-splice", oursPlain, direct}, tests: []stageTest{
+		{name: "big", about: "100,000 routes", routes: bigRoutes, workers: cpus, fresh: true, skip: []string{"haproxy-splice", oursPlain, direct, floor}, tests: []stageTest{
 			// Who searches the routes one by one would take half a minute.
 			{name: "connbig", few: true, args: append(conn, "-routes", strconv.Itoa(bigRoutes), "-most", "5s")},
 		}},
-		{name: "pin", about: "the forwarder on one core, the load on another", routes: smallRoutes, workers: 1, pinned: true, skip: []string{"sniproxy", oursPlain}, tests: []stageTest{
+		{name: "pin", about: "the forwarder on one core, the load on another", routes: smallRoutes, workers: 1, pinned: true, skip: []string{"sniproxy", oursPlain, floor}, tests: []stageTest{
 			{name: "connpin", few: true, full: true, args: conn},
 			{name: "rr64pin", few: true, full: true, args: play("-c", "64")},
 			{name: "downpin", few: true, full: true, args: bulk("down", s.gb)},

@@ -16,7 +16,9 @@ const featuresText = "`sluice` and `sluice-netpoll` have every feature on: limit
 	"sources; the PROXY protocol accepted from the clients' network; idle timeouts and keepalive; least connections among\n" +
 	"endpoints with weights, zones, priorities and failover; ejection, and a probe of every endpoint; open connections moved\n" +
 	"back and apart; congestion control set for each connection; an access log of one in a hundred; metrics, status and open\n" +
-	"connections, all asked for every second, but not while memory is measured. No limit is reached. `sluice-plain` has the defaults.\n"
+	"connections, all asked for every second, but not while memory is measured. No limit is reached. `sluice-plain` has the defaults.\n" +
+	"`floor` is a C program that forwards without a look at what: it makes the same system calls, and has no names, timers,\n" +
+	"limits, counts or logs.\n"
 
 // The zones of the endpoints; the forwarder is in the first.
 var zones = []string{"eu/a", "eu/a", "eu/b", "us/a"}

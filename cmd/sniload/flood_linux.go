@@ -80,24 +80,22 @@ func (f *flood) ended(fd int) {
 // run keeps the connections open until ctx ends, and closes them.
 func (f *flood) run(ctx context.Context) {
 	f.open = map[int]time.Time{}
-	// All at once, or many, would measure the accept queue, and what this process
-	// itself takes from those it measures.
-	const turn = time.Millisecond
-	atOnce := max(1, f.size*int(turn/time.Millisecond)/1000)
-	next := time.Now()
-	for ctx.Err() == nil {
-		if now := time.Now(); !now.Before(next) {
-			next = now.Add(turn)
-			for range min(atOnce, f.size-len(f.open)) {
-				if err := f.one(); err != nil {
-					f.out.fail(err)
-				}
+	// They come one by one: all at once, or many, would measure the accept queue, and
+	// what this process itself takes from those it measures.
+	gap := time.Second / time.Duration(f.size)
+	pause := unix.NsecToTimespec(int64(gap))
+	for next := time.Now(); ctx.Err() == nil; {
+		if now := time.Now(); len(f.open) < f.size && !now.Before(next) {
+			next = now.Add(gap)
+			if err := f.one(); err != nil {
+				f.out.fail(err)
 			}
 			f.most = max(f.most, len(f.open))
 		}
-		for _, ev := range f.poll.wait(turn) {
+		for _, ev := range f.poll.wait(0) {
 			f.ended(int(ev.Fd))
 		}
+		unix.Nanosleep(&pause, nil)
 	}
 	for fd, since := range f.open {
 		if d := time.Since(since); d > f.deadline+slack {

@@ -23,6 +23,9 @@ import (
 //go:embed peers
 var peerFiles embed.FS
 
+//go:embed floor/floor.c
+var floorSource []byte
+
 // contender is a forwarder under test. In its command {port}, {routes} (a file as
 // `sluice forward` reads it), {table} (a file with every feature on, for beside it),
 // {status} (a port to tell of itself on), {workers} and {config} (a file made of the
@@ -59,6 +62,7 @@ func contenders(sluice, dir string) []contender {
 		{name: ours, command: forward(sni.EngineAuto), engine: sni.EngineAuto, version: []string{sluice, "version"}},
 		{name: oursPortable, command: forward(sni.EngineNetpoll), engine: sni.EngineNetpoll, full: true},
 		{name: oursPlain, command: plain, full: true},
+		{name: floor, command: []string{filepath.Join(dir, floor), "{port}", "{workers}", strconv.Itoa(backendPort)}},
 		{name: direct},
 	}
 }
@@ -187,7 +191,23 @@ func runPeers(ctx context.Context, fs *flag.FlagSet, args []string) error {
 			}
 		}
 	}
+	if err := compileFloor(ctx, filepath.Join(*dir, floor)); err != nil {
+		fmt.Printf("skipped: %s: %v\n", floor, err)
+	}
 	return nil
+}
+
+// compileFloor compiles what the costs of forwarders are compared with that cannot be
+// avoided.
+func compileFloor(ctx context.Context, to string) error {
+	if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
+		return err
+	}
+	source := to + ".c"
+	if err := os.WriteFile(source, floorSource, 0o644); err != nil {
+		return err
+	}
+	return loud(ctx, "cc", "-O2", "-pthread", "-o", to, source)
 }
 
 // nginxCanStream tells whether nginx has its stream module, loaded or built in.

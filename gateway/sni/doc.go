@@ -29,6 +29,10 @@
 // (passive ejection), per cluster and endpoint, but never the last one: being
 // ejected is a guess, and a guess must not take a cluster out of service.
 //
+// Of an endpoint whose name has several addresses the next is tried beside those
+// before it once they have had a quarter of a second, or have failed, and the first
+// to be connected is used (RFC 8305). Those that were slower come last for a time.
+//
 // Limits are counted where a connection is accepted, without locks: a rate is one
 // word that says when it will be full again, and sources have places in a table of
 // fixed size. Who is behind a trusted load balancer counts by the source that the
