@@ -65,23 +65,19 @@ func (p *paced) window(ctx context.Context, d time.Duration) []time.Duration {
 func (p *paced) run(ctx context.Context, disturb func(ctx context.Context) (stop func() error, err error)) error {
 	p.window(ctx, min(p.quiet, 500*time.Millisecond)) // warms up
 	busy, path, began := machineBusy(), spentBy(p.proxies).cpu+spentBy(p.others).cpu, time.Now()
-	var ratios, quiets, loads, medians []float64
+	var quiet, loaded []time.Duration
 	for range p.pairs {
-		quiet := percentile(p.window(ctx, p.quiet), .99)
+		quiet = append(quiet, p.window(ctx, p.quiet)...)
 		stop, err := disturb(ctx)
 		if err != nil {
 			return err
 		}
-		lat := p.window(ctx, p.disturbed)
+		loaded = append(loaded, p.window(ctx, p.disturbed)...)
 		if err := stop(); err != nil {
 			return err
 		}
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
-		}
-		if load := percentile(lat, .99); quiet > 0 && load > 0 {
-			quiets, loads, ratios = append(quiets, quiet), append(loads, load), append(ratios, load/quiet)
-			medians = append(medians, percentile(lat, .5))
 		}
 		settle(ctx, p.rest)
 	}
@@ -90,10 +86,10 @@ func (p *paced) run(ctx context.Context, disturb func(ctx context.Context) (stop
 		"rate":      float64(p.rate),
 		"strangers": max(0, float64(busy-path)/float64(time.Since(began)*time.Duration(runtime.NumCPU()))),
 	}
-	for key, values := range map[string][]float64{"p99": loads, "p99quiet": quiets, "p99ratio": ratios, "p50": medians} {
-		if v, ok := median(values); ok {
-			p.out.Metrics[key] = v
-		}
+	// Of all windows together: the p99 of one is that of a few connections.
+	if q, l := percentile(quiet, .99), percentile(loaded, .99); q > 0 && l > 0 {
+		p.out.Metrics["p99quiet"], p.out.Metrics["p99"], p.out.Metrics["p99ratio"] = q, l, l/q
+		p.out.Metrics["p50"] = percentile(loaded, .5)
 	}
 	return nil
 }
