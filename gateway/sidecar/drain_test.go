@@ -21,7 +21,7 @@ import (
 // drain begins to drain s and returns what it tells; stop takes it back.
 func drain(t *testing.T, s *Sidecar, p gateway.Plan) (told <-chan gateway.Progress, stop func()) {
 	t.Helper()
-	ctx, cancel := context.WithCancel(t.Context())
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context())) // until stop, see runWith
 	ch := make(chan gateway.Progress, 1000)
 	done := make(chan error, 1)
 	go func() { done <- s.Drain(ctx, p, func(p gateway.Progress) { ch <- p }) }()

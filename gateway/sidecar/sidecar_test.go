@@ -78,7 +78,9 @@ func run(t *testing.T) *Sidecar { return runWith(t, Config{}) }
 func runWith(t *testing.T, c Config) *Sidecar {
 	t.Helper()
 	s := New(c)
-	ctx, cancel := context.WithCancel(t.Context())
+	// The test's own context ends before the functions of Cleanup are called, of which
+	// those for what uses the sidecar come first.
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	done := make(chan error, 1)
 	go func() { done <- s.Run(ctx) }()
 	t.Cleanup(func() {
