@@ -106,8 +106,8 @@ Client, forwarder and server share the machine, on loopback in a network namespa
 of their own, with TCP's reno. CPU is what the forwarder's processes spend on a
 unit of work, path is what client, forwarder and server spend together. Contenders
 take turns; a figure is the median of the rounds, and a ratio is the median of the
-ratios within rounds. Ratios within 0.08 are ties: one that misses its bound by no
-more is marked so. What stands between the figures and their bounds and aims is told
+ratios within rounds. Ratios within 0.08 are ties: a miss by no more is
+marked as one. What stands between the figures and their bounds and aims is told
 in [performance](performance.md).
 
 ` + featuresText)
@@ -160,10 +160,10 @@ func verdicts(all []verdict) string {
 		if v.note != "" {
 			got += " (" + v.note + ")"
 		}
-		if v.tied() {
-			word = "tie"
-		} else if !v.passed(v.required) {
-			word = "**miss**"
+		if !v.passed(v.required) {
+			if word = "**miss**"; v.tied() {
+				word += ", a tie"
+			}
 		} else if v.aim != 0 && v.passed(v.aim) {
 			word = "pass, aim reached"
 		}

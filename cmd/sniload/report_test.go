@@ -40,8 +40,8 @@ func TestRatioIsOfRounds(t *testing.T) {
 
 func TestJudge(t *testing.T) {
 	r := measured("conn", "cpu", map[string][]float64{ours: {.9}, reference: {1}, "envoy": {4}})
-	r.samples = append(r.samples, measured("conn", "path", map[string][]float64{ours: {2.44}, direct: {1}}).samples...)
-	r.samples = append(r.samples, measured("rr64", "p99", map[string][]float64{ours: {1.08}, reference: {1}}).samples...)
+	r.samples = append(r.samples, measured("conn", "path", map[string][]float64{ours: {2.4}, direct: {1}}).samples...)
+	r.samples = append(r.samples, measured("rr64", "p99", map[string][]float64{ours: {1.09}, reference: {1}}).samples...)
 	r.samples = append(r.samples, measured("idle", "user", map[string][]float64{ours: {513}}).samples...)
 	r.samples = append(r.samples, measured("down", "rate", map[string][]float64{ours: {.86}, direct: {1}}).samples...)
 	got := map[string]string{}
@@ -58,8 +58,8 @@ func TestJudge(t *testing.T) {
 	}
 	for name, want := range map[string]string{
 		"set-up CPU against HAProxy":                               "0.90x: pass",
-		"CPU added to the whole path, against a direct connection": "1.44x: **miss**",
-		"64-connection ping-pong p99 against HAProxy":              "1.08x: tie",
+		"CPU added to the whole path, against a direct connection": "1.40x: **miss**, a tie",
+		"64-connection ping-pong p99 against HAProxy":              "1.09x: **miss**",
 		"user memory of an idle connection":                        "513 B: **miss**",
 		"bulk throughput against direct":                           "0.86x: pass, aim reached",
 		"the worst row against Envoy":                              "0.23x (Short connections: CPU µs/conn): pass",
